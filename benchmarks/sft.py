@@ -1,0 +1,163 @@
+"""Supervised tokens a second and peak memory of one training step, against trl's SFTTrainer with packing.
+
+    python benchmarks/sft.py --data_dir ../shared/data      # two CPU threads, about 20 minutes
+
+Both train the same random LLaMA (12 layers, 512 wide, vocabulary 8,192, fp32), LoRA with r = 8 on all linear layers or
+all weights, on the same records, once each, with the same optimizer, in processes of their own that take turns. The
+records are the first that fit max_length, so that neither side cuts any. Time is that of the training loop alone.
+"""
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from chat import Chat, tokenize_records
+from records import read_records
+from utils import cli
+
+ROWS = {  # name: file, max_length, records, LoRA or all weights
+    "LoRA, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 40, True),
+    "LoRA, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 120, True),
+    "full, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 30, False),
+    "full, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 80, False),
+}
+
+
+def main(
+    *,
+    data_dir: str = "../shared/data",
+    peer: str = "trl",
+    repeats: int = 3,
+    threads: int = 2,
+    side: Literal["both", "ours", "theirs"] = "both",
+    row: str = "",
+):
+    """Print a table of supervised tokens a second and peak memory, ours and theirs.
+
+    Args:
+        data_dir: Folder with the data; see its README for what it is.
+        peer: Package to compare with.
+        repeats: Runs of each side, taking turns; the table has their medians and spread.
+        threads: Of the CPU.
+        side: Which side this process runs; both starts a process for each run.
+        row: Which row of the table this process runs.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if side != "both":
+        return print(json.dumps((ours if side == "ours" else theirs)(*prepare(Path(data_dir), row))))
+    print(f"| records, max_length | side | supervised tokens/s | spread | peak memory | real tokens | ours / {peer} |\n|---|---|---|---|---|---|---|")
+    for name in ROWS:
+        results = {"ours": [], "theirs": []}
+        for _ in range(repeats):
+            for who in results:
+                command = [sys.executable, __file__, "--side", who, "--row", name, "--data_dir", data_dir, "--threads", str(threads)]
+                results[who].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]))
+        speed = {who: [run["supervised_tokens"] / run["seconds"] for run in runs] for who, runs in results.items()}
+        for who, runs in results.items():
+            ratio = statistics.median(speed["ours"]) / statistics.median(speed["theirs"])
+            print(f"| {name} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
+                  f"| {statistics.median(run['peak_memory_bytes'] for run in runs) / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
+
+
+def prepare(data_dir: Path, row: str):
+    """(Chat, records that fit, max_length, lora): a byte-level BPE of 8,192 trained on the row's own file, as ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    file, max_length, count, lora = ROWS[row]
+    records = [record["messages"] for record in read_records(str(data_dir / file), skip_bad_records=True)]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator((m["content"] for messages in records for m in messages), trainers.BpeTrainer(
+        vocab_size=8190, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    chat = Chat(tokenizer, "chatml")
+    fitting = (messages for messages in records if sum(len(ids) for ids, _ in chat.encode(messages)) <= max_length)
+    return chat, list(itertools.islice(fitting, count)), max_length, lora
+
+
+def random_llama(attention: str):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
+        max_position_embeddings=4096), attn_implementation=attention)
+
+
+LOOP = dict(num_train_epochs=1, learning_rate=1e-4, lr_scheduler_type="constant", per_device_train_batch_size=1, gradient_accumulation_steps=1,
+            save_strategy="no", logging_steps=1000, report_to="none", use_cpu=True, disable_tqdm=True)
+
+
+def peak_memory() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+
+
+def ours(chat, records, max_length, lora) -> dict:
+    import tempfile
+    from types import MethodType
+
+    from peft import get_peft_model
+
+    from training import Blocks, SupervisedTrainer, make_arguments, speed_up_lora, supervised_forward
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "data.jsonl")
+        path.write_text("".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in records), "utf-8")
+        examples = tokenize_records(str(path), chat, max_length)
+        model = random_llama("documents")
+        model.forward = MethodType(supervised_forward, model)
+        if lora:
+            model = get_peft_model(model, lora_config())
+            speed_up_lora(model)
+        args = make_arguments(folder, "fp32", False, {}, gradient_checkpointing=False, **LOOP)
+        trainer = SupervisedTrainer(model, args, Blocks(examples, list(range(len(examples))), max_length, packing=True), None, padded=False)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    return {"supervised_tokens": int(trainer.seen[1]), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": 1.0}
+
+
+def theirs(chat, records, max_length, lora) -> dict:
+    import tempfile
+
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    seen = {"supervised": 0, "real": 0, "all": 0}
+
+    class Counting(SFTTrainer):
+        def training_step(self, model, inputs, *rest, **more):
+            labels = inputs["labels"]
+            seen["supervised"] += int((labels != -100).sum())
+            seen["real"] += int(inputs["input_ids"].ne(chat.tokenizer.pad_token_id).sum())
+            seen["all"] += inputs["input_ids"].numel()
+            return super().training_step(model, inputs, *rest, **more)
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(folder, packing=True, max_length=max_length, assistant_only_loss=True, gradient_checkpointing=False, bf16=False, **LOOP)
+        trainer = Counting(random_llama("sdpa"), args, train_dataset=Dataset.from_list([{"messages": messages} for messages in records]), processing_class=chat.tokenizer,
+                           peft_config=lora_config() if lora else None)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    return {"supervised_tokens": seen["supervised"], "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": seen["real"] / seen["all"]}
+
+
+if __name__ == "__main__":
+    cli(main)

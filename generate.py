@@ -1,0 +1,289 @@
+"""Talk to a model: one prompt, a file of them, or a chat in the terminal.
+
+Reads   a model folder, and an adapter from finetune_lora.py if there is one
+Writes  answers to the terminal, or to output_file
+
+    python generate.py --model_name_or_path M                                             # chat
+    python generate.py --model_name_or_path M --lora_path A --prompt '你好'                # one answer
+    python generate.py --model_name_or_path M --input_file in.jsonl --output_file out.jsonl
+
+The prompt is the one the model was trained with: template and stop tokens come with the model or adapter.
+"""
+import json
+import os
+import queue
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from chat import Chat
+from records import prompt_messages, read_rows
+from utils import BadInput, check_adapter, check_file, check_model, cli
+
+
+def main(
+    *,
+    # model
+    model_name_or_path: str,
+    lora_path: str | None = None,
+    template: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    bits: Literal[16, 8, 4] = 16,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    # what to answer
+    prompt: str | None = None,
+    system: str | None = None,
+    input_file: str | None = None,
+    output_file: str | None = None,
+    per_device_eval_batch_size: int = 8,
+    # how
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float = 1.0,
+    seed: int = 42,
+):
+    """Answer a prompt, a file of prompts, or a person in the terminal.
+
+    Args:
+        model_name_or_path: Folder or hub name of the base model.
+        lora_path: Folder of an adapter for this base.
+        template: Prompt format: auto (the model's own), alpaca, vicuna_chat, yayi, chatml, ziya, llama2_chinese, llama2 or plain.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Load weights that are pickles, which can run code.
+        bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
+        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        prompt: One question to answer.
+        system: System text of the prompt or of the chat.
+        input_file: Records or {"prompt": ...} lines to answer.
+        output_file: Where their lines go, each with its answer added; a run that was killed goes on where it was.
+        per_device_eval_batch_size: Prompts of input_file that are answered together.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        top_k: Sample among this many likeliest tokens; 0 among all.
+        repetition_penalty: Above 1 makes tokens that were said already less likely.
+        seed: Of everything random.
+    """
+    check_model(model_name_or_path, allow_pickle)
+    check_file("input_file", input_file)
+    if bool(input_file) != bool(output_file):
+        raise BadInput("--input_file and --output_file go together")
+    check_adapter(lora_path)
+    rows, lines = unanswered(input_file, output_file) if input_file else ([], [])
+    if input_file and len(lines) == len(rows):
+        return print(f"all {len(rows)} records are answered in {output_file} already", file=sys.stderr)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+
+    # ---- load ----
+    import torch
+
+    model, chat = load(model_name_or_path, lora_path, template, bits, precision, trust_remote_code, allow_pickle)
+    torch.manual_seed(seed)
+
+    # ---- answer ----
+    start = [{"role": "system", "content": system}] if system else []
+    if input_file:
+        answer_file(model, chat, rows, lines, output_file, start, per_device_eval_batch_size, seed, settings)
+    elif prompt is not None:
+        for piece in stream(model, chat, fit(model, chat, start + [{"role": "user", "content": prompt}], max_new_tokens), **settings):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        chat_in_terminal(model, chat, start, settings)
+
+
+def load(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
+    """(model, Chat) ready to generate: the tokenizer and template of the adapter if it brings its own, else of the base."""
+    import torch
+
+    from models import DTYPES, add_token_rows, choose_precision, load_adapter, load_model, load_tokenizer
+
+    tuned = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
+    chat = Chat(load_tokenizer(tuned, trust_remote_code), template)
+    model = load_model(model_name_or_path, DTYPES[choose_precision(precision)], bits, trust_remote_code=trust_remote_code,
+                       allow_pickle=allow_pickle, device_map={"": "cuda" if torch.cuda.is_available() else "cpu"})
+    rows = model.get_input_embeddings().weight.shape[0]  # an adapter's template may have added tokens to its base's
+    add_token_rows(model, chat.tokenizer, [token for token, i in chat.tokenizer.get_added_vocab().items() if i >= rows])
+    if lora_path:
+        model = load_adapter(model, lora_path, model_name_or_path, allow_pickle)
+    return model.eval(), chat
+
+
+def generation_arguments(model, chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
+    """What model.generate takes; temperature 0 is greedy."""
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    return sampling | dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
+
+
+def stream(model, chat: Chat, messages: list[dict], **settings):
+    """Yield the answer to a conversation piece by piece, never half a character; closing the generator stops the model."""
+    import torch
+    from tokenizers.decoders import DecodeStream
+    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+    ids = torch.tensor([[i for piece, _ in chat.encode(messages, add_generation_prompt=True) for i in piece]], device=model.device)
+    tokens, closed = queue.Queue(), threading.Event()
+
+    class Tokens(BaseStreamer):
+        prompt = True
+
+        def put(self, value):
+            if not self.prompt:
+                tokens.put(int(value))
+            self.prompt = False
+
+        def end(self):
+            pass
+
+    class Closed(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
+
+    def run():
+        try:
+            with torch.inference_mode():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Tokens(), stopping_criteria=StoppingCriteriaList([Closed()]),
+                               **generation_arguments(model, chat, **settings))
+            tokens.put(None)
+        except BaseException as problem:  # out of memory, say: raised again where the answer is read
+            tokens.put(problem)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    decoder, held = DecodeStream(skip_special_tokens=True), ""
+    try:
+        while (token := tokens.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            held += decoder.step(chat.tokenizer.backend_tokenizer, token) or ""
+            ready = held.rstrip()  # the line break that a template writes before its stop token is no part of the answer
+            if ready:
+                yield held[: len(ready)]
+                held = held[len(ready):]
+    finally:
+        closed.set()
+        thread.join()
+
+
+def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[dict]:
+    """The conversation, or as many of its last rounds as leave room for the answer; says so when it drops some."""
+    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    system, rounds = messages[: messages[0]["role"] == "system"], messages[messages[0]["role"] == "system":]
+    starts = [i for i, message in enumerate(rounds) if message["role"] == "user"]
+    for dropped, start in enumerate(starts):
+        kept = system + rounds[start:]
+        length = sum(len(ids) for ids, _ in chat.encode(kept, add_generation_prompt=True))
+        if length + max_new_tokens <= context:
+            if dropped:
+                print(f"[the context of {context} tokens is full: the first {dropped} rounds are no longer read]", file=sys.stderr)
+            return kept
+    raise BadInput(f"the prompt has {length} tokens; with --max_new_tokens {max_new_tokens} that is more than the model's context of {context}")
+
+
+def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings) -> list[str]:
+    """Answers to several conversations at once."""
+    import torch
+
+    prompts = [[i for piece, _ in chat.encode(messages, add_generation_prompt=True) for i in piece] for messages in conversations]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[chat.stop_ids[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)  # (B, width), padded left
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    with torch.inference_mode():
+        rows = model.generate(input_ids=ids, attention_mask=mask, **generation_arguments(model, chat, **settings))[:, width:].tolist()
+    return [chat.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip() for row in rows]
+
+
+def unanswered(input_file: str, output_file: str) -> tuple[list[dict], list[bytes]]:
+    """(rows of input_file, whole lines of output_file); BadInput if those lines do not answer these rows."""
+    rows = list(read_rows(input_file, Counter()))
+    lines = Path(output_file).read_bytes().split(b"\n")[:-1] if Path(output_file).is_file() else []  # what has no line end was cut off
+    for number, line in enumerate(lines):
+        answered = json.loads(line)
+        if number >= len(rows) or {key: value for key, value in answered.items() if key != "answer"} != rows[number]:
+            raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
+    for number, row in enumerate(rows):
+        try:
+            prompt_messages(row)
+        except BadInput as problem:
+            raise BadInput(f"{input_file}, record {number}: {problem}") from None
+    return rows, lines
+
+
+def answer_file(model, chat: Chat, rows: list[dict], lines: list[bytes], output_file: str, start: list[dict], batch_size: int,
+                seed: int, settings: dict) -> None:
+    """Answer the rows into output_file, in order, after the lines that are there already.
+
+    Each batch has a seed of its own, so that a run that goes on gives the answers of an unbroken one.
+    """
+    import torch
+    from tqdm import tqdm
+
+    begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
+    with open(output_file, "rb+" if lines else "wb") as file:
+        file.truncate(sum(len(line) + 1 for line in lines[:begin]))
+        file.seek(0, os.SEEK_END)
+        for first in tqdm(range(begin, len(rows), batch_size), "answering", unit=" batches", initial=begin // batch_size,
+                          total=-(-len(rows) // batch_size)):
+            batch, conversations = rows[first : first + batch_size], []
+            for row in batch:
+                messages = prompt_messages(row)
+                messages = messages if messages[0]["role"] == "system" else start + messages
+                conversations.append(fit(model, chat, messages, settings["max_new_tokens"]))
+            torch.manual_seed(seed + first)
+            for row, answer in zip(batch, answer_batch(model, chat, conversations, **settings)):
+                file.write((json.dumps(row | {"answer": answer}, ensure_ascii=False) + "\n").encode())
+            file.flush()
+
+
+def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> None:
+    """A conversation with history, until the end of the input (Ctrl-D)."""
+    import readline  # noqa: F401  (lets input() edit Chinese characters)
+
+    print("/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the\n"
+          "conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    messages = list(start)
+    while True:
+        try:
+            text = input("\nUser: ").strip()
+        except EOFError:
+            return print()
+        command, _, argument = text.partition(" ")
+        if command == "/clear":
+            messages = messages[: bool(messages) and messages[0]["role"] == "system"]
+        elif command == "/undo":
+            last = max([i for i, message in enumerate(messages) if message["role"] == "user"], default=len(messages))
+            del messages[last:]
+        elif command == "/system":
+            messages = ([{"role": "system", "content": argument}] if argument else []) + [m for m in messages if m["role"] != "system"]
+        elif command == "/save" and argument:
+            with open(argument, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            print(f"[saved to {argument}]", file=sys.stderr)
+        elif command.startswith("/") and command in ("/save", "/help", "/exit", "/quit"):
+            print("[/clear, /undo, /system TEXT, /save FILE, Ctrl-D]", file=sys.stderr)
+        elif text:
+            try:
+                asked = fit(model, chat, messages + [{"role": "user", "content": text}], settings["max_new_tokens"])
+            except BadInput as problem:
+                print(f"[{problem}]", file=sys.stderr)
+                continue
+            print("Assistant: ", end="", flush=True)
+            answer = ""
+            try:
+                for piece in stream(model, chat, asked, **settings):
+                    answer += piece
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                print(" [stopped]", end="")
+            print()
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+if __name__ == "__main__":
+    cli(main)

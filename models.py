@@ -1,0 +1,141 @@
+"""Loading what the scripts train and use: tokenizer, base model in 16, 8 or 4 bit, adapter. Whatever is missing is an
+error here, since transformers and peft would warn and go on with random weights."""
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up 4 bit on a CPU
+warnings.filterwarnings("ignore", category=FutureWarning)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no other
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from utils import BadInput, fingerprint
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_precision(precision: str) -> str:
+    """auto: bf16 where the GPU computes in it (not where it is emulated), else fp16, on a CPU fp32."""
+    if precision != "auto":
+        if precision != "fp32" and not torch.cuda.is_available():
+            raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+        return precision
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False):
+    """The tokenizer of a model folder or hub name; BadInput where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as problem:
+        raise BadInput(f"no tokenizer could be loaded from {model_name_or_path}: {first_line(problem)}") from None
+
+
+def load_skeleton(model_name_or_path: str, trust_remote_code: bool = False):
+    """The model without its weights (on torch's meta device): its configuration and the names and shapes of its layers."""
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as problem:
+        raise BadInput(f"{model_name_or_path} is no causal language model that transformers can load: {first_line(problem)}") from None
+
+
+def lora_targets(skeleton, lora_target_modules: str) -> str | list[str]:
+    """What peft takes as target_modules: all-linear, or the given names, each of which must be that of a linear layer."""
+    linear = {name.rpartition(".")[2] for name, module in skeleton.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not skeleton.get_output_embeddings()}
+    if lora_target_modules == "all-linear":
+        return lora_target_modules
+    names = [name.strip() for name in lora_target_modules.split(",")]
+    for name in names:
+        if name not in linear:
+            raise BadInput(f"--lora_target_modules: this model has no linear layer {name!r}, it has {', '.join(sorted(linear))}; or take all-linear")
+    return names
+
+
+def load_model(model_name_or_path: str, dtype: torch.dtype, bits: int = 16, *, attn_implementation: str | None = None,
+               trust_remote_code: bool = False, allow_pickle: bool = False, device_map=None):
+    """A causal language model with every weight loaded from its files.
+
+    Args:
+        dtype: Of the weights that stay unquantized, and of the arithmetic.
+        bits: 16 for the weights as they are, 8 for LLM.int8 (arXiv:2208.07339), 4 for NF4 with double quantization
+            (QLoRA, arXiv:2305.14314).
+    """
+    quantization = None
+    if bits == 8:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    elif bits == 4:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, quantization_config=quantization, attn_implementation=attn_implementation, device_map=device_map,
+            trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True, output_loading_info=True)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{model_name_or_path} could not be loaded: {first_line(problem)}") from problem
+    missing = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
+    if missing:
+        raise BadInput(f"{model_name_or_path} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return model
+
+
+def add_token_rows(model, tokenizer, new_tokens: list[str]) -> dict[str, list[int]]:
+    """Give new tokens a row in embedding and head, each the mean of the old rows; {module name: row numbers}.
+
+    A row left random is farther from all others than they are from one another, and it disturbs every softmax.
+    """
+    if not new_tokens:
+        return {}
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(new_tokens)
+    layers = {id(layer.weight): layer for layer in (model.get_output_embeddings(), model.get_input_embeddings())}  # one if tied
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight[ids] = layer.weight[: min(ids)].float().mean(dim=0).to(layer.weight)
+    return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if module in layers.values()}
+
+
+def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
+    """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(lora_path)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():  # old Chinese-Vicuna checkpoints
+        pickles = [folder / name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()]
+        if not pickles or not allow_pickle:
+            raise BadInput(f"{lora_path} holds no adapter_model.safetensors" + (f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if "
+                           f"you trust it, --allow_pickle True converts it" if pickles else ""))
+        weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
+        save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
+        print(f"converted {pickles[0]} to {file}", file=sys.stderr)
+    about = folder / "yangtuo.json"
+    if about.is_file():
+        base = json.loads(about.read_text("utf-8")).get("base_fingerprint")
+        if base and base != (found := fingerprint(model_name_or_path)):
+            raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {base[:12]}, this one has {str(found)[:12]})")
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, adapter_name=name) if not hasattr(model, "peft_config") else model
+        if adapted is model:
+            model.load_adapter(folder, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as problem:
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}, was it trained on another base? {first_line(problem)}") from None
+    wanted, found = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)), set(load_file(file))
+    if wanted - found:
+        raise BadInput(f"{lora_path} lacks {len(wanted - found)} tensors, {min(wanted - found)} for one")
+    return adapted
+
+
+def first_line(problem: BaseException) -> str:
+    return str(problem).strip().split("\n")[0][:300]

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# LoRA tuning. Edit the block, or set a line from outside, and add any flag of finetune_lora.py:
+#   TOT_CUDA=0,1 MODEL_PATH=my/llama bash scripts/finetune_lora.sh --num_train_epochs 1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# ---- edit me ----
+MODEL_PATH=${MODEL_PATH:-}                        # base model; empty: the small default model
+DATA_PATH=${DATA_PATH:-sample/instruction.json}   # your records, see sample/README.md
+OUTPUT_PATH=${OUTPUT_PATH:-output/finetune_lora}
+TOT_CUDA=${TOT_CUDA:-}                            # GPUs, as in 0,1; empty: all
+BITS=${BITS:-}                                    # 4 fits 7B into 11 GB, 8 as well, 16 wants 24 GB; empty: 4 on a GPU, 16 on a CPU
+PORT=${PORT:-$((20000 + RANDOM % 20000))}         # random, so that two runs on one machine seldom meet
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: one PORT for all
+# -----------------
+command -v torchrun > /dev/null || PATH="$PWD/.venv/bin:$PATH"
+[[ -n $TOT_CUDA ]] && export CUDA_VISIBLE_DEVICES=$TOT_CUDA
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l)
+else GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || GPUS=0; fi
+[[ -n $MODEL_PATH ]] || MODEL_PATH=$(python scripts/default_model.py)
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+exec torchrun --nproc_per_node "$((GPUS > 0 ? GPUS : 1))" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+  --master_addr "$MASTER_ADDR" --master_port "$PORT" finetune_lora.py \
+  --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
+  --bits "${BITS:-$((GPUS > 0 ? 4 : 16))}" "$@"  # last, so that the caller's flags win

@@ -1,0 +1,139 @@
+"""What a file may hold, what is mended, and what is refused with its place and reason."""
+import json
+import random
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+from records import clean_text, prompt_messages, read_records
+from utils import BadInput
+
+DIALOGUE = [("user", "你好"), ("assistant", "你好！"), ("user", "再见"), ("assistant", "再见！")]
+
+
+def turns(record):
+    return [(message["role"], message["content"]) for message in record["messages"]]
+
+
+def write(folder, *rows, name="data.jsonl"):
+    path = folder / name
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "再见", "output": "再见！", "history": [["你好", "你好！"]]},
+    {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}, {"from": "user", "value": "再见"}, {"from": "yayi", "value": "再见！"}]},
+    {"messages": [{"role": role, "content": text} for role, text in DIALOGUE]},
+    {"input": ["你好", "再见"], "output": ["你好！", "再见！"]},
+    {"prompt": ["你好", "再见"], "output": ["你好！", "再见！"], "task": "chat"},
+    {"text": "<s>Human: 你好\n</s><s>Assistant: 你好！\n</s><s>Human: 再见\n</s><s>Assistant: 再见！\n</s>"},
+])
+def test_every_schema_gives_the_same_messages(tmp_path, row):
+    assert [turns(record) for record in read_records(write(tmp_path, row))] == [DIALOGUE]
+
+
+def test_json_array_csv_and_parquet_read_as_jsonl_does(tmp_path):
+    import csv
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"input": "问，\n“一”", "target": "答😀"}, {"input": "", "target": "空"}]
+    with open(tmp_path / "data.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["input", "target"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    (tmp_path / "data.json").write_text(json.dumps(rows, indent=2), "utf-8")
+    expected = [turns(record) for record in read_records(write(tmp_path, *rows))]
+    assert expected[0] == [("user", "问，\n“一”"), ("assistant", "答😀")]
+    for name in ("data.csv", "data.parquet", "data.json"):
+        assert [turns(record) for record in read_records(str(tmp_path / name))] == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sample").glob("*.*")), ids=lambda path: path.name)
+def test_every_sample_is_read_without_a_complaint(path):
+    if path.suffix != ".md":
+        notes = Counter()
+        assert len(list(read_records(str(path), notes=notes))) >= 10
+        assert not +notes
+
+
+def test_an_input_is_joined_to_the_instruction_and_kept_apart_as_well(tmp_path):
+    record = next(read_records(write(tmp_path, {"instruction": "翻译", "input": "雪", "output": "snow", "system": "简洁"})))
+    assert record["messages"][:2] == [{"role": "system", "content": "简洁"}, {"role": "user", "content": "翻译\n雪", "input": "雪"}]
+
+
+def test_what_is_odd_is_mended_and_counted(tmp_path):
+    notes = Counter()
+    path = write(tmp_path, "\ufeff", {"conversations": [
+        {"from": "gpt", "value": "欢迎"}, {"from": "human", "value": "一"}, {"from": "human", "value": "二\\n三"}, {"from": "gpt", "value": ""},
+        {"from": "human", "value": "走了\ufffd"}], "id": 7})
+    record = next(read_records(path, notes=notes, unescape_newlines=True))
+    assert turns(record) == [("user", "一\n二\n三"), ("assistant", "")]
+    for what in ("byte order mark", "two user turns", "answer before", "trailing user turn", "empty answer", "U+FFFD", "literal \\n", "column 'id'"):
+        assert any(what in note for note in +notes), what
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"instruction": "问"}, "no answer"),
+    ({"instruction": "问", "output": ["答"]}, "a list"),
+    ({"instruction": "问", "output": 3}, "an? int"),
+    ({"messages": [{"role": "user", "content": "问"}, {"role": "boss", "content": "答"}]}, "unknown role 'boss'"),
+    ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "答"}]}, "lacks 'from' or 'value'"),
+    ({"conversations": "问"}, "a str, a list"),
+    ({"input": ["问", "问"], "output": ["答"]}, "as many answers"),
+    ({"question": "问", "answer": "答"}, "keys question, answer"),
+    ({"text": "<s>Human: 问\n</s> 答"}, "breaks the pattern"),
+    ({"instruction": "你好世界".encode().decode("latin-1"), "output": "答"}, "mojibake"),
+    ({"instruction": "你好，世界，今天天气很好".encode().decode("gb18030", "replace"), "output": "答"}, "mojibake"),
+    (["问", "答"], "a list where an object"),
+    ({"messages": [{"role": "user", "content": "问"}, {"role": "system", "content": "x"}, {"role": "assistant", "content": "答"}]}, "does not stand first"),
+])
+def test_a_bad_record_is_refused_with_its_number_and_reason(tmp_path, row, reason):
+    path = write(tmp_path, {"instruction": "问", "output": "答"}, row)
+    with pytest.raises(BadInput, match=f"record 1: .*{reason}"):
+        list(read_records(path))
+
+
+def test_bad_records_can_be_dropped_and_are_counted(tmp_path, capsys):
+    path = write(tmp_path, *[{"instruction": "问", "output": "答"}, {"instruction": "问"}] * 5)
+    assert len(list(read_records(path, skip_bad_records=True))) == 5
+    assert "dropped 5 bad records of 10" in (error := capsys.readouterr().err) and error.count("no answer") == 3
+
+
+@pytest.mark.parametrize("data, reason", [
+    (b"", "empty"),
+    (b'[{"instruction": "a", "output": "b"}, {"instr', "line 1: not whole JSON"),
+    (b'{"instruction": "a", "output": "b"}\n{"instruction": "a"', "line 2: not JSON"),
+    ('{"instruction": "问", "output": "答"}'.encode("gb18030"), "looks like GBK.*iconv"),
+    (b'{"instruction": "\xff\xfe\xfd"}', "byte 17 is not UTF-8"),
+])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, data, reason):
+    (tmp_path / "data.json").write_bytes(data)
+    with pytest.raises(BadInput, match=reason):
+        list(read_records(str(tmp_path / "data.json")))
+
+
+def test_a_csv_without_the_columns_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="keys 问题, 回答"):
+        list(read_records(write(tmp_path, "问题,回答\n一,二\n", name="data.csv")))
+
+
+def test_real_chinese_is_never_taken_for_mojibake():
+    """Random common characters, in millions of runs a day of somebody's data, must not be refused."""
+    common = [bytes([high, low]).decode("gb2312") for high in range(0xB0, 0xD8) for low in range(0xA1, 0xFA)]
+    generator = random.Random(0)
+    for _ in range(20000):
+        clean_text("".join(generator.choices(common, k=generator.randint(6, 20))), "user", False, Counter())
+    clean_text("café naïve Müller Ænima ½ €", "user", False, Counter())
+
+
+def test_a_prompt_is_a_record_up_to_its_last_question():
+    assert prompt_messages({"prompt": "你好"}) == [{"role": "user", "content": "你好"}]
+    assert [m["content"] for m in prompt_messages({"input": ["一", "三"], "output": ["二", "四"]})] == ["一", "二", "三"]
+    assert prompt_messages({"instruction": "译", "input": "雪", "output": "snow"})[-1]["content"] == "译\n雪"
+    with pytest.raises(BadInput, match="asks nothing"):
+        prompt_messages({"messages": [{"role": "assistant", "content": "答"}]})

@@ -1,0 +1,409 @@
+"""Whole stages on a tiny model: what a user would find out too late."""
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from test_records import write
+
+import finetune_lora
+import generate
+import inspect_labels
+from chat import Chat, tokenize_records
+from utils import BadInput, RunStopped
+
+DATA = str(ROOT / "sample" / "conversation.json")
+QUICK = dict(template="chatml", max_length=256, gradient_accumulation_steps=1, num_train_epochs=1, learning_rate=1e-2, gradient_checkpointing=False)
+
+
+@pytest.fixture
+def tune(model_folder, tmp_path, capsys):
+    """Run finetune_lora on the tiny model; returns its report, the last line of the standard output."""
+    def run(**flags):
+        flags = dict(model_name_or_path=str(model_folder), data_path=DATA, output_dir=str(tmp_path / "out"), **QUICK) | flags
+        capsys.readouterr()
+        finetune_lora.main(**flags)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(a, b, within=0.0):
+    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= within for name in a)
+
+
+# ---- tuning ----
+def test_a_saved_adapter_changes_the_answers_of_its_base(tune, model_folder):
+    report = tune(num_train_epochs=3)
+    assert report.keys() == {"tokens", "supervised_tokens", "seconds", "tokens_per_second", "train_loss", "eval_loss", "peak_memory_bytes", "output_dir"}
+    base, chat = generate.load(str(model_folder), template="chatml")
+    tuned, tuned_chat = generate.load(str(model_folder), report["output_dir"])
+    ids = torch.tensor([[i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], True) for i in piece]])
+    assert (base(ids).logits - tuned(ids).logits).abs().max() > 0.1
+    assert tuned_chat.jinja == chat.jinja and tuned_chat.stop_ids == chat.stop_ids
+    stop = json.loads(Path(report["output_dir"], "generation_config.json").read_text())["eos_token_id"]
+    assert stop == chat.stop_ids
+    assert Path(report["output_dir"], "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tuning_learns_and_counts_its_tokens(tune, model_folder):
+    report = tune(num_train_epochs=6, eval_path=DATA, eval_steps=5, save_steps=5)
+    chat = Chat(generate.load(str(model_folder))[1].tokenizer, "chatml")
+    examples = tokenize_records(DATA, chat, 256)
+    history = json.loads(sorted(Path(report["output_dir"]).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1].joinpath("trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < losses[0] - 0.3 and math.isclose(losses[-1], report["eval_loss"])
+    assert (report["tokens"], report["supervised_tokens"]) == (6 * examples.counts["tokens"], 6 * examples.counts["supervised_tokens"])
+    assert {"eval_perplexity", "eval_token_accuracy"} <= history[-1].keys() | history[-2].keys()
+    held = tune(output_dir=str(Path(report["output_dir"]) / "held"), num_train_epochs=2, eval_size=0.2)
+    assert 0 < held["tokens"] < 2 * examples.counts["tokens"] and held["eval_loss"] > 0
+
+
+def test_eight_blocks_at_once_train_as_one_block_eight_times(tune, tmp_path):
+    for packing in (True, False):
+        flags = dict(packing=packing, max_length=128, lora_dropout=0.0, learning_rate=1e-3, num_train_epochs=2)
+        reports = [tune(output_dir=str(tmp_path / f"{packing}{batch}"), per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, **flags) for batch in (8, 1)]
+        assert abs(reports[0]["train_loss"] - reports[1]["train_loss"]) < 1e-5
+        assert same(weights(reports[0]["output_dir"]), weights(reports[1]["output_dir"]), within=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{"bits": 4}, {"bits": 8}, {"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": "q_proj,v_proj"},
+                                   {"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}, {"report_to": "tensorboard"}], ids=str)
+def test_every_way_to_tune_gives_an_adapter_that_loads(tune, model_folder, flags):
+    report = tune(**flags)
+    model, chat = generate.load(str(model_folder), report["output_dir"], bits=flags.get("bits", 16))
+    assert isinstance("".join(generate.stream(model, chat, [{"role": "user", "content": "你好"}], max_new_tokens=5, temperature=0, top_p=1, top_k=0, repetition_penalty=1.0)), str)
+    names = {name.split(".")[-3] for name in weights(report["output_dir"]) if "lora_A" in name}
+    assert names == ({"q_proj", "v_proj"} if "lora_target_modules" in flags else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tune, tmp_path):
+    folders = [tune(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on)["output_dir"] for on in (True, False)]
+    assert same(weights(folders[0]), weights(folders[1]), within=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_control_tokens_start_as_the_mean_and_are_saved_without_the_rest_of_the_table(tmp_path, tune, bytelevel_folder, tied):
+    from transformers import AutoTokenizer
+
+    from models import add_token_rows, load_model
+
+    folder = make_model(tmp_path / "base", AutoTokenizer.from_pretrained(bytelevel_folder), tie_word_embeddings=tied)
+    model, chat = load_model(str(folder), torch.float32), Chat(AutoTokenizer.from_pretrained(folder), "yayi")
+    old = model.get_output_embeddings().weight.detach().clone()
+    rows = add_token_rows(model, chat.tokenizer, chat.new_tokens)
+    assert list(rows) == (["embed_tokens"] if tied else ["embed_tokens", "lm_head"]) and len(rows["embed_tokens"]) == 4
+    assert torch.allclose(model.get_output_embeddings().weight[len(old):], old.mean(0).expand(4, -1), atol=1e-6)
+
+    report = tune(model_name_or_path=str(folder), template="yayi", num_train_epochs=3, max_length=512)
+    saved = weights(report["output_dir"])
+    assert not any(tensor.shape[0] > 500 and "embed" in name for name, tensor in saved.items())
+    trained = [tensor for name, tensor in saved.items() if "trainable_tokens" in name]
+    assert len(trained) == (1 if tied else 2) and all(tensor.shape == (4, 64) for tensor in trained)
+    tuned, tuned_chat = generate.load(str(folder), report["output_dir"])
+    assert tuned_chat.stop_ids[-1] == tuned_chat.tokenizer.convert_tokens_to_ids("<|End|>")
+    row = tuned.get_input_embeddings()(torch.tensor([tuned_chat.stop_ids[-1]]))
+    assert (row - old.mean(0)).abs().max() > 1e-3  # it was trained
+
+
+@pytest.mark.parametrize("family", ["qwen2", "bloom"])
+def test_other_families_are_tuned_too(tmp_path, tune, bytelevel_folder, family):
+    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer, folder = AutoTokenizer.from_pretrained(bytelevel_folder), tmp_path / family
+    if family == "bloom":
+        model = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    report = tune(model_name_or_path=str(folder), eval_size=2, template="ziya")
+    assert report["train_loss"] > 0 and report["eval_loss"] > 0
+
+
+# ---- what ends a run, and what is left of it ----
+def command(folder, out, *flags):
+    return [sys.executable, "finetune_lora.py", "--model_name_or_path", str(folder), "--data_path", DATA, "--output_dir", str(out), "--template", "chatml",
+            "--max_length", "128", "--gradient_accumulation_steps", "2", "--num_train_epochs", "8", "--gradient_checkpointing", "False", "--save_steps", "3",
+            "--save_total_limit", "3", *flags]
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path, model_folder):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    whole = subprocess.run(command(model_folder, tmp_path / "whole"), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    generator = random.Random(time.time())
+    out = tmp_path / "killed"
+    for kill in range(2):
+        process = subprocess.Popen(command(model_folder, out, "--resume", str(kill > 0)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        seen = len(list(out.glob("checkpoint-*")))
+        while process.poll() is None and len(list(out.glob("checkpoint-*"))) <= seen:
+            time.sleep(0.02)
+        time.sleep(generator.random())
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.communicate()
+    resumed = subprocess.run(command(model_folder, out, "--resume", "True"), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert same(weights(tmp_path / "whole"), weights(out))
+    assert not list(out.glob(".saving"))
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_exits_with_130(tmp_path, model_folder):
+    process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "'loss'" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait() == 130 and "go on with --resume True" in error and "Traceback" not in error
+    assert list((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
+
+
+def test_a_checkpoint_cut_short_by_a_full_disk_is_not_taken_for_a_whole_one(tune, tmp_path, monkeypatch):
+    save = torch.save
+
+    def fill(object, path, *rest, **more):
+        if "checkpoint-6" in str(path) and str(path).endswith("optimizer.pt"):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return save(object, path, *rest, **more)
+
+    flags = dict(max_length=128, num_train_epochs=3, save_steps=3, save_total_limit=5)
+    whole = tune(output_dir=str(tmp_path / "whole"), **flags)
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match="No space"):
+        tune(**flags)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3"]
+    resumed = tune(**flags, resume=True)
+    assert same(weights(whole["output_dir"]), weights(resumed["output_dir"]))
+
+
+def test_too_little_disk_is_said_before_training(tune, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(BadInput, match="GB free.*need"):
+        tune()
+
+
+@pytest.mark.parametrize("flags, named", [({"template": "alpaca"}, "template"), ({"max_length": 128}, "max_length"), ({"seed": 7}, "seed"), ({"lora_r": 4}, "lora_r"),
+                                          ({"data_path": str(ROOT / "sample" / "ziya.jsonl")}, "data"), ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps")], ids=str)
+def test_resuming_another_run_is_refused_and_the_difference_named(tune, flags, named):
+    tune(max_steps=2)
+    with pytest.raises(BadInput, match=f"was begun with {named} = "):
+        tune(max_steps=2, resume=True, **flags)
+
+
+def test_another_run_in_the_folder_is_not_overwritten(tune):
+    tune(max_steps=2)
+    with pytest.raises(BadInput, match="holds another run"):
+        tune(max_steps=2)
+
+
+def test_a_loss_of_nan_stops_with_step_and_records(tune, tmp_path, bytelevel_folder):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
+    folder = make_model(tmp_path / "base", tokenizer)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    held_by = Counter((i, example["record"]) for example in tokenize_records(DATA, Chat(tokenizer, "ziya"), 256) for i in set(example["input_ids"]))
+    only_in_9 = {i for i, record in held_by if record == 9} - {i for i, record in held_by if record != 9}
+    with torch.no_grad():
+        model.model.embed_tokens.weight[min(only_in_9)] = math.nan
+    model.save_pretrained(folder)
+    with pytest.raises(RunStopped, match=r"in step \d+ the loss is nan.*the records \[9\]"):
+        tune(model_name_or_path=str(folder), template="ziya", packing=False, save_steps=1)
+    kept = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert all(torch.isfinite(tensor).all() for path in kept for tensor in weights(path).values())
+
+
+def test_an_adapter_that_changes_nothing_is_an_error_not_a_file(tune, tmp_path):
+    with pytest.raises(RunStopped, match="changes nothing"):
+        tune(learning_rate=0.0)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+# ---- bad input ----
+@pytest.mark.parametrize("flags, reason", [
+    ({"lora_target_modules": "query_key_value"}, "no linear layer 'query_key_value', it has .*q_proj"),
+    ({"template": "alpacca"}, "did you mean alpaca"), ({"max_length": 8}, "below the"), ({"precision": "fp16"}, "needs a GPU"),
+    ({"report_to": "swanlabb"}, "pip install swanlabb"), ({"bf16": True}, "use --precision"), ({"eval_size": 10}, "leaves nothing to train on"),
+    ({"data_path": "nowhere.json"}, "--data_path=nowhere.json does not exist"), ({"data_path": str(ROOT)}, "is a folder"), ({"eval_path": "nowhere.json"}, "--eval_path"),
+    ({"model_name_or_path": "nowhere"}, "nowhere does not exist"), ({"model_name_or_path": str(ROOT)}, "has no config.json"),
+], ids=lambda value: str(value)[:40])
+def test_bad_input_is_refused_in_one_line(tune, tmp_path, flags, reason):
+    with pytest.raises(BadInput, match=reason) as refusal:
+        tune(**flags)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_that_lacks_weights_is_refused(tune, tmp_path, model_folder):
+    folder = tmp_path / "base"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="pickle.*--allow_pickle True"):
+        tune(model_name_or_path=str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(BadInput, match="holds no weights"):
+        tune(model_name_or_path=str(folder))
+    data = (model_folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadInput, match="could not be loaded"):
+        tune(model_name_or_path=str(folder))
+    from safetensors.torch import save_file
+
+    save_file({name: tensor for name, tensor in weights(model_folder).items() if "layers.1" not in name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="lacks 9 of its weights"):
+        tune(model_name_or_path=str(folder))
+
+
+def test_an_adapter_of_another_base_is_refused(tune, tmp_path, bytelevel_folder, model_folder):
+    from transformers import AutoTokenizer
+
+    adapter = tune()["output_dir"]
+    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
+    with pytest.raises(BadInput, match="another base"):
+        generate.load(str(make_model(tmp_path / "other", tokenizer, initializer_range=0.3)), adapter)
+    Path(adapter, "yangtuo.json").unlink()
+    with pytest.raises(BadInput, match="does not fit"):
+        generate.load(str(make_model(tmp_path / "wider", tokenizer, hidden_size=32)), adapter)
+    from safetensors.torch import save_file
+
+    file = Path(adapter, "adapter_model.safetensors")
+    save_file({name: tensor for name, tensor in weights(adapter).items() if "layers.1.mlp.up_proj.lora_B" not in name}, file)
+    with pytest.raises(BadInput, match="lacks 1 tensors"):
+        generate.load(str(model_folder), adapter)
+
+
+def test_old_pickled_adapters_load_when_allowed_and_are_converted(tune, model_folder):
+    adapter = Path(tune(template="ziya")["output_dir"])
+    saved = weights(adapter)
+    torch.save(saved, adapter / "pytorch_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="pickle"):
+        generate.load(str(model_folder), str(adapter))
+    generate.load(str(model_folder), str(adapter), allow_pickle=True)
+    assert same(weights(adapter), saved)
+
+
+# ---- generation ----
+SETTINGS = dict(max_new_tokens=12, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+
+
+@pytest.fixture(scope="module")
+def talker(model_folder, tmp_path_factory):
+    """A model that has learned its sample by heart: (model, chat, messages of one of its dialogues)."""
+    out = tmp_path_factory.mktemp("talker") / "out"
+    rows = [{"instruction": "你是谁？", "output": "我是小驼🐪，你好龘！"}, {"instruction": "再见", "output": "再见！"}]
+    flags = QUICK | dict(num_train_epochs=60, packing=False, learning_rate=2e-2, lora_dropout=0.0, max_length=128)
+    finetune_lora.main(model_name_or_path=str(model_folder), data_path=write(out.parent, *rows), output_dir=str(out), lora_r=16, lora_alpha=32, **flags)
+    return *generate.load(str(model_folder), str(out)), out
+
+
+def test_a_streamed_answer_is_whole_characters_without_control_tokens_and_stops(talker):
+    model, chat, _ = talker
+    pieces = list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 100}))
+    assert "".join(pieces) == "我是小驼🐪，你好龘！" and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_batched_answers_are_those_of_one_at_a_time(talker):
+    model, chat, _ = talker
+    asked = [[{"role": "user", "content": text}] for text in ("你是谁？", "再见", "一个很长的问题，前面要补齐很多位置才行")]
+    together = generate.answer_batch(model, chat, asked, **SETTINGS)
+    assert together == [generate.answer_batch(model, chat, [messages], **SETTINGS)[0] for messages in asked]
+    assert together[1] == "再见！"
+
+
+def test_closing_a_stream_stops_the_model(talker):
+    model, chat, _ = talker
+    stream = generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 1500, "repetition_penalty": 5.0})
+    next(stream)
+    started = time.perf_counter()
+    stream.close()
+    assert time.perf_counter() - started < 5
+
+
+def test_a_failure_while_generating_reaches_the_reader(talker):
+    model, chat, _ = talker
+    with pytest.raises(ValueError, match="penalty"):
+        list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"repetition_penalty": -1.0}))
+
+
+def test_history_is_dropped_by_whole_rounds_and_said(talker, capsys, monkeypatch):
+    model, chat, _ = talker
+    monkeypatch.setattr(model.config, "max_position_embeddings", 150)
+    messages = [{"role": "system", "content": "系统"}] + [{"role": role, "content": f"{role}{n}"} for n in range(9) for role in ("user", "assistant")][:-1]
+    kept = generate.fit(model, chat, messages, 20)
+    assert kept[0] == messages[0] and kept[1]["role"] == "user" and kept[1:] == messages[-len(kept) + 1:] and 2 < len(kept) < len(messages)
+    assert "no longer read" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="more than the model's context"):
+        generate.fit(model, chat, [{"role": "user", "content": "长" * 500}], 20)
+
+
+def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_folder, tmp_path, capsys):
+    _, _, adapter = talker
+    rows = [{"prompt": "你是谁？"}, {"instruction": "再见", "output": "旧答案", "id": 7}, {"input": ["再见", "你是谁？"], "output": ["再见！", ""]}, {"prompt": "再见"}, {"prompt": "谁"}]
+    source = write(tmp_path, *rows)
+    answer = lambda out: generate.main(model_name_or_path=str(model_folder), lora_path=str(adapter), input_file=source, output_file=str(out), per_device_eval_batch_size=2,
+                                       max_new_tokens=12, temperature=0.9)
+    answer(tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [{key: value for key, value in line.items() if key != "answer"} for line in lines] == rows
+    for cut in (0, 10, len(whole) // 2, len(whole) - 5):
+        (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
+        answer(tmp_path / "cut.jsonl")
+        assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    answer(tmp_path / "cut.jsonl")
+    assert "answered in" in capsys.readouterr().err
+    write(tmp_path, {"prompt": "别的"}, name="data.jsonl")
+    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
+        answer(tmp_path / "whole.jsonl")
+
+
+def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
+    model, chat, _ = talker
+    typed = iter(["你是谁？", "再见", "/undo", "/system 新的", f"/save {tmp_path / 'kept.jsonl'}", "/clear", "再见", f"/save {tmp_path / 'kept.jsonl'}"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
+    generate.chat_in_terminal(model, chat, [], SETTINGS)
+    first, second = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert first[0] == ("system", "新的") and first[1] == ("user", "你是谁？") and first[2][0] == "assistant" and len(first) == 3
+    assert second[0] == ("system", "新的") and second[1] == ("user", "再见") and len(second) == 3
+
+
+# ---- looking ----
+def test_the_dump_is_what_is_trained_in_file_order(model_folder, tmp_path, capsys):
+    flags = dict(model_name_or_path=str(model_folder), data_path=DATA, template="alpaca", max_length=128)
+    inspect_labels.main(**flags, record=5, dump=str(tmp_path / "dump.jsonl"), html=str(tmp_path / "record.html"))
+    dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    chat = Chat(generate.load(str(model_folder))[1].tokenizer, "alpaca")
+    assert dumped == list(tokenize_records(DATA, chat, 128)) and [d["record"] for d in dumped] == sorted(d["record"] for d in dumped)
+    out = capsys.readouterr().out
+    assert "«听到这个消息我也替你可惜。" in out and "10 records" in out and "█" in out
+    assert '<span class="trained"' in (tmp_path / "record.html").read_text()
+    with pytest.raises(BadInput, match="--record=10 is not in"):
+        inspect_labels.main(**flags, record=10)
+
+
+def test_the_audit_finds_what_is_wrong(model_folder, tmp_path, capsys):
+    path = write(tmp_path, *[{"instruction": "问", "output": "答"}] * 3, {"instruction": "问", "output": "长" * 300}, {"instruction": "问\ufffd", "output": "the snow print or return", "x": 1},
+                 *[{"instruction": "Q", "output": f"{word} A"} for word in ("the", "a", "print", "of")])
+    inspect_labels.main(model_name_or_path=str(model_folder), data_path=path, template="llama2_chinese", max_length=128)
+    out = capsys.readouterr().out
+    for line in ("1 x answers without a stop token", "3 x examples that stand more than once", "1 answers and", "1 x U+FFFD", "1 x unknown column 'x'", "places where a merge"):
+        assert line in out, line

@@ -1,0 +1,467 @@
+"""The training step that every script shares: packed documents, a loss on supervised positions, whole checkpoints.
+
+A micro-batch is one row of documents laid end to end, without padding. They do not see each other, their positions
+start from 0, and the head is run only where a token is supervised. The optimizer, schedule, logging, DeepSpeed and the
+loop itself are transformers.Trainer's.
+"""
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import MethodType
+
+if "LOCAL_RANK" not in os.environ:  # Trainer would split each batch over all GPUs (nn.DataParallel): torchrun is for that
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from chat import IGNORE_INDEX, Chat, Examples, pack
+from utils import BadInput, RunStopped
+
+LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
+
+
+# ---- model ----
+def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, document_lengths=None, **_):
+    """Causal attention inside each document of one packed row: (1, heads, T, head size) -> (1, T, heads, head size).
+
+    One call of torch's fused kernel per document needs no mask. The dense block mask that transformers would build for
+    the row costs T x T and the work of all pairs of documents.
+    """
+    rows = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
+    outputs = [F.scaled_dot_product_attention(*row, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True) for row in rows]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("documents", document_attention)
+
+
+def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
+    """How packed documents are kept apart: by flash_attention_2's variable-length kernel or by document_attention.
+
+    None, for padded rows and the model's own attention, if it is of an architecture that takes no other (BLOOM) or has a
+    sliding window shorter than max_length.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    config = skeleton.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not skeleton._supports_attention_backend or (window or max_length) < max_length:
+        return None
+    if precision in ("bf16", "fp16") and is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8:
+        return "flash_attention_2"
+    return "documents"
+
+
+class LoraUpdate(torch.autograd.Function):
+    """Add the low-rank update to the output of a frozen layer, in place: result += scaling * (x A^T) B^T.
+
+    peft writes out (x A^T) B^T, its multiple and the sum, and reads the like in the backward: on layers of 8 ranks those
+    passes over memory cost as much as the update itself.
+    """
+
+    @staticmethod
+    def forward(ctx, result, x, a, b, scaling):
+        """result (..., d_out) of the frozen layer, x (..., d_in), a (r, d_in), b (d_out, r)."""
+        rows = x.reshape(-1, x.shape[-1]).to(result.dtype)
+        low = (rows @ a.to(rows.dtype).T).mul_(scaling)  # (N, r)
+        result.view(-1, result.shape[-1]).addmm_(low, b.to(low.dtype).T)
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.scaling, ctx.x = scaling, (x.shape, x.dtype)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, low, a, b = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])  # (N, d_out)
+        of_low = (flat @ b.to(flat.dtype)).mul_(ctx.scaling)  # (N, r)
+        of_x = (of_low @ a.to(of_low.dtype)).view(ctx.x[0]).to(ctx.x[1])
+        return gradient, of_x, (of_low.T @ rows).to(a.dtype), (flat.T @ low).to(b.dtype), None
+
+
+def lora_forward(self, x, *_, **__):
+    """forward() of a peft LoRA layer with one adapter, in training."""
+    name = self.active_adapters[0]
+    return LoraUpdate.apply(self.base_layer(x), self.lora_dropout[name](x), self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+
+
+def speed_up_lora(model) -> None:
+    """Give the plain LoRA layers of a peft model lora_forward; DoRA and quantized layers keep peft's own."""
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if type(module) is Linear and not module.use_dora[module.active_adapters[0]]:
+            module.forward = MethodType(lora_forward, module)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of N positions, a chunk of logits at a time.
+
+    The gradients are made in the forward pass: every logit is computed once, turns into its gradient, which is its
+    probability less one for the target, and is gone before the next chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head, *parameters):
+        """hidden (N, D), targets (N,), head (n, D) -> (n, V), the head's trainable parameters -> scalar, fp32."""
+        ctx.gradients = [torch.zeros_like(tensor) for tensor in (hidden, *parameters)]
+        total = torch.zeros((), device=hidden.device)
+        for begin, end in chunks(head, len(targets)):
+            with torch.enable_grad():
+                chunk = hidden[begin:end].detach().requires_grad_()
+                logits = head(chunk)  # (n, V)
+            target = targets[begin:end, None]
+            gradient = torch.log_softmax(logits.detach(), dim=1, dtype=torch.float32)
+            total -= gradient.gather(1, target).sum()
+            gradient.exp_().scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            ctx.gradients[0][begin:end], *of_parameters = torch.autograd.grad(logits, (chunk, *parameters), gradient.to(logits.dtype))
+            for whole, part in zip(ctx.gradients[1:], of_parameters):
+                whole += part
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scaled = [whole.mul_(gradient) for whole in ctx.gradients]
+        return scaled[0], None, None, *scaled[1:]
+
+
+def chunks(head, positions: int) -> list[tuple[int, int]]:
+    """Spans of positions whose logits together stay below LOGITS_AT_ONCE."""
+    size = max(1, LOGITS_AT_ONCE // next(head.parameters()).shape[0])
+    return [(begin, min(begin + size, positions)) for begin in range(0, positions, size)]
+
+
+def supervised_forward(self, input_ids, labels, num_items_in_batch=None, position_ids=None, attention_mask=None,
+                       document_lengths=None, **_):
+    """forward() of a causal language model in training: the head sees the supervised positions only.
+
+    Args:
+        input_ids, labels: (B, T) long; labels are IGNORE_INDEX where nothing is trained, the first of a document included.
+        num_items_in_batch: Supervised tokens of the global batch, by which the sum of the losses is divided.
+        document_lengths: Of a packed row (B = 1), with position_ids that start from 0 in each document.
+    """
+    lengths = {"document_lengths": document_lengths} if self.config._attn_implementation == "documents" else {}
+    hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
+    supervised = labels[:, 1:] != IGNORE_INDEX
+    hidden, targets, head = hidden[:, :-1][supervised], labels[:, 1:][supervised], self.get_output_embeddings()  # (N, D), (N,)
+    correct = None
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and not any(hasattr(p, "ds_id") for p in parameters):
+        loss = HeadLoss.apply(hidden, targets, head, *parameters)
+    else:
+        # Evaluation; and ZeRO-3, where the gradient of a sharded head must come from autograd's own graph
+        loss, correct = hidden.sum() * 0.0, 0
+        for begin, end in chunks(head, len(targets)):
+            of_chunk, right = checkpoint(head_chunk, head, hidden[begin:end], targets[begin:end], use_reentrant=False)
+            loss, correct = loss + of_chunk, correct + right
+    return {"loss": loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch), "correct": correct}
+
+
+def head_chunk(head, hidden, targets):
+    """hidden (n, D), targets (n,) -> sum of the cross-entropies, number of targets that are the likeliest token."""
+    logits = head(hidden).float()  # (n, V)
+    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+
+
+# ---- batches ----
+class Blocks(torch.utils.data.Dataset):
+    """Some of the examples, packed into blocks; item b is the list of the examples of block b, item -1 an empty block."""
+
+    def __init__(self, examples: Examples, chosen: list[int], max_length: int, packing: bool):
+        lengths = examples.lengths[chosen].tolist()
+        self.examples = examples
+        self.blocks = [[chosen[i] for i in block] for block in pack(lengths, max_length)] if packing else [[e] for e in chosen]
+        self.tokens = sum(lengths)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, b: int) -> list[dict]:
+        return [self.examples[e] for e in self.blocks[b]] if b >= 0 else []
+
+    def describe(self, args) -> str:
+        """What one step trains on."""
+        together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        share = min(1, together / len(self))
+        return (f"global batch = {args.per_device_train_batch_size} blocks x {args.gradient_accumulation_steps} accumulation x {args.world_size} ranks = "
+                f"{together} blocks, about {share * sum(map(len, self.blocks)):.0f} examples and {share * self.tokens:,.0f} tokens; "
+                f"{math.ceil(len(self) / together)} steps an epoch")
+
+
+class BlockSampler(torch.utils.data.Sampler):
+    """Block numbers of one epoch, shuffled by seed and epoch alone; -1 fills the last global batch up.
+
+    With the same blocks in each global batch on one rank and on many, batch, accumulation and ranks can be traded for
+    one another, and no block is trained twice to make the ranks even.
+    """
+
+    def __init__(self, blocks: int, multiple_of: int, seed: int | None):
+        self.blocks, self.length, self.seed, self.epoch = blocks, math.ceil(blocks / multiple_of) * multiple_of, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        order = list(range(self.blocks))
+        if self.seed is not None:
+            order = torch.randperm(self.blocks, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        return iter(order + [-1] * (self.length - self.blocks))
+
+
+def collate(blocks: list[list[dict]], padded: bool = False) -> dict:
+    """A micro-batch: the examples of its blocks as one packed row, or as padded rows for models that cannot take that.
+
+    The first token of a document has nothing before it that could predict it, so it is never a label.
+    """
+    examples = [example for block in blocks for example in block] or [{"input_ids": [0], "labels": [IGNORE_INDEX], "record": -1}]
+    ids = [torch.tensor(example["input_ids"]) for example in examples]
+    labels = [torch.tensor([IGNORE_INDEX] + example["labels"][1:]) for example in examples]
+    batch = {"records": [example["record"] for example in examples]}
+    if padded:
+        pad = torch.nn.utils.rnn.pad_sequence
+        mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
+        batch |= {"input_ids": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX), "attention_mask": mask}
+    else:
+        batch |= {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None], "document_lengths": [len(row) for row in ids],
+                  "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None]}
+    return batch | {"tokens": sum(map(len, ids)), "supervised": int((batch["labels"] != IGNORE_INDEX).sum())}
+
+
+# ---- trainer ----
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or a scheduler's SIGTERM ends the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    caught = None
+
+    def on_train_begin(self, args, state, control, **_):
+        def note(number, frame):
+            if self.caught == number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.caught = self.caught or number
+            print("stopping after this step, with a checkpoint (Ctrl-C again: at once)", file=sys.stderr)
+
+        self.before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_step_end(self, args, state, control, **_):
+        caught = torch.tensor(int(self.caught is not None), device=args.device)
+        if args.world_size > 1:  # all ranks stop after the same step
+            torch.distributed.all_reduce(caught)
+        if caught.item():
+            self.caught = self.caught or signal.SIGINT
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class SupervisedTrainer(Trainer):
+    """transformers.Trainer on Blocks: counts tokens, stops at a NaN, evaluates by token, and saves whole checkpoints."""
+
+    def __init__(self, model, args, train: Blocks, eval: Blocks | None, padded: bool):
+        args.remove_unused_columns, args.logging_nan_inf_filter = False, False
+        super().__init__(model, args, data_collator=lambda blocks: collate(blocks, padded), train_dataset=train, eval_dataset=eval)
+        self.model_accepts_loss_kwargs = True  # supervised_forward divides by the supervised tokens of the global batch
+        self.stopper = StopOnSignal()
+        self.add_callback(self.stopper)
+        self.seen = torch.zeros(2, dtype=torch.float64)  # tokens, supervised tokens
+        self.records_in_step, self.loss_of_step = [], 0.0
+        self.saving_in = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.sampler = BlockSampler(len(self.train_dataset), together, args.seed if args.data_seed is None else args.data_seed)
+        return self.sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        return BlockSampler(len(eval_dataset), self.args.per_device_eval_batch_size * self.args.world_size, seed=None)
+
+    def _run_epoch(self, epoch, **kwargs):
+        self.sampler.epoch = epoch
+        return super()._run_epoch(epoch=epoch, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.records_in_step += inputs.pop("records")
+        self.seen += torch.tensor([inputs.pop("tokens"), inputs.pop("supervised")])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.loss_of_step += loss
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called once a step, before the weights change: the place to stop at a NaN. fp16 skips steps that overflow."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        of_gradient = 0.0 if norm is None or self.args.fp16 else float(norm)
+        if not math.isfinite(float(self.loss_of_step) + of_gradient):
+            raise RunStopped(f"in step {self.state.global_step + 1} the loss is {float(self.loss_of_step):.4g}, the norm of its gradient {of_gradient:.4g}; "
+                             f"the step holds the records {sorted(set(self.records_in_step))}: look at them with inspect_labels.py, or lower the "
+                             f"learning rate. The checkpoints in {self.args.output_dir} are from before")
+        self.records_in_step, self.loss_of_step = [], 0.0
+        return norm
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss, perplexity and accuracy over all supervised tokens of the evaluation data, each token counted once."""
+        self.model_wrapped.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, correct, supervised tokens
+        for inputs in tqdm(self.get_eval_dataloader(), "evaluating", leave=False, disable=not self.is_world_process_zero()):
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model_wrapped(**inputs, num_items_in_batch=1)
+            totals += torch.tensor([float(outputs["loss"]), float(outputs["correct"]), inputs["supervised"]], dtype=torch.float64).to(totals)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        loss, correct, count = totals.tolist()
+        metrics = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 100)), "eval_token_accuracy": correct / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # A checkpoint is written into .saving and renamed when it is whole: a run killed meanwhile leaves the one before.
+    def _get_output_dir(self, trial):
+        return self.saving_in or self.args.output_dir
+
+    def _save_checkpoint(self, model, trial):
+        output_dir, saving_in = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
+        name = f"checkpoint-{self.state.global_step}"
+
+        def publish():
+            self.state.save_to_json(str(saving_in / name / "trainer_state.json"))
+            if not (output_dir / name).exists():
+                (saving_in / name).rename(output_dir / name)
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+        self.on_each_machine(lambda: shutil.rmtree(saving_in, ignore_errors=True))
+        self.saving_in = str(saving_in)
+        super()._save_checkpoint(model, trial)
+        self.saving_in = None
+        if self.state.best_model_checkpoint:
+            self.state.best_model_checkpoint = str(output_dir / Path(self.state.best_model_checkpoint).name)
+        self.on_each_machine(publish)
+        self.on_each_machine(lambda: shutil.rmtree(saving_in, ignore_errors=True))
+
+    def on_each_machine(self, act) -> None:
+        """Run `act` on the first rank of each machine while the others wait; machines may share the folder."""
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:
+            with contextlib.suppress(FileNotFoundError):
+                act()
+        self.accelerator.wait_for_everyone()
+
+
+# ---- a run ----
+def make_arguments(output_dir: str, precision: str, evaluates: bool, given: dict, **chosen) -> TrainingArguments:
+    """TrainingArguments out of our flags, our defaults, and what the user gave of the other fields."""
+    ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
+            "label_smoothing_factor": None, "use_liger_kernel": None, "torch_compile": None, "remove_unused_columns": None, "do_train": None}
+    for name in given.keys() & ours:
+        raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss and the batches are our own"))
+    for tracker in str(given.get("report_to") or "none").split(","):
+        if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
+            raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
+    every = "steps" if evaluates else "no"
+    defaults = {"logging_steps": 10, "logging_first_step": True, "per_device_eval_batch_size": chosen["per_device_train_batch_size"], "save_steps": 200, "save_total_limit": 2, "eval_strategy": every, "eval_steps": given.get("save_steps", 200),
+                "ddp_find_unused_parameters": False, "dataloader_pin_memory": torch.cuda.is_available()}
+    if "report_to" in given:
+        given = given | {"report_to": given["report_to"].split(",")}
+    checkpointing = chosen.pop("gradient_checkpointing")
+    return TrainingArguments(output_dir=output_dir, bf16=precision == "bf16", fp16=precision == "fp16", activation_checkpointing=checkpointing,
+                             activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None, **(defaults | chosen | given))
+
+
+def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
+    """Train, evaluate, draw the loss curve; returns what a training script prints as its last line."""
+    args = trainer.args
+    output_dir = Path(args.output_dir)
+    if checkpoint is None:
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        needed = trainable * 12 * ((args.save_total_limit or 5) + 1) + trainable * 4  # fp32 weights and two moments of AdamW
+        parent = next(folder for folder in (output_dir, *output_dir.resolve().parents) if folder.exists())
+        if shutil.disk_usage(parent).free < needed:
+            raise BadInput(f"--output_dir={output_dir} has {shutil.disk_usage(parent).free / 1e9:.1f} GB free, checkpoints and result need "
+                           f"{needed / 1e9:.1f} GB: free some space, or lower --save_total_limit")
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # tqdm.write prints the losses there; the standard output is for the last line
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - start
+        if trainer.is_world_process_zero():
+            plot_loss(trainer.state.log_history, output_dir / "loss.png")
+        if trainer.stopper.caught:
+            raise RunStopped(f"stopped at step {trainer.state.global_step}, checkpoint kept in {output_dir}: go on with --resume True", status=130)
+        eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    seen = trainer.seen.to(args.device)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(seen)
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"tokens": int(seen[0]), "supervised_tokens": int(seen[1]), "seconds": round(seconds, 2), "tokens_per_second": round(float(seen[0]) / seconds, 1),
+            "train_loss": result.training_loss, "eval_loss": eval_loss, "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+
+
+def plot_loss(history: list[dict], path: Path) -> None:
+    """Loss over steps, training and evaluation, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points), label=label, marker="." if len(points) < 50 else None)
+    axes.set(xlabel="step", ylabel="loss per supervised token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def save_result(trainer: SupervisedTrainer, chat: Chat, about: dict) -> None:
+    """Write the model or adapter with tokenizer, chat template and stop tokens into output_dir, read back before it counts."""
+    output_dir, saving_in = Path(trainer.args.output_dir), Path(trainer.args.output_dir, ".saving")
+    trainer.on_each_machine(lambda: shutil.rmtree(saving_in, ignore_errors=True))
+    trainer.save_model(str(saving_in))  # under ZeRO-3 this gathers the shards, so every rank takes part
+
+    def finish():
+        (saving_in / "training_args.bin").unlink()  # a pickle
+        chat.tokenizer.save_pretrained(saving_in)
+        generation = copy.deepcopy(trainer.model.generation_config)
+        generation.eos_token_id, generation.pad_token_id = chat.stop_ids, generation.pad_token_id or chat.tokenizer.eos_token_id
+        generation.save_pretrained(saving_in)
+        (saving_in / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+        check_saved(saving_in, trainer.model)
+        for file in sorted(saving_in.iterdir(), key=lambda file: not file.name.endswith(".safetensors")):
+            file.replace(output_dir / file.name)
+        saving_in.rmdir()
+
+    if trainer.is_world_process_zero():
+        finish()
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_saved(folder: Path, model) -> None:
+    """RunStopped if what was written lacks a tensor, or is an adapter that does nothing (tloen/alpaca-lora#446)."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    adapter = isinstance(model, PeftModel)
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False)) if adapter else {name for name, _ in model.named_parameters()}
+    if missing := wanted - tensors.keys():
+        raise RunStopped(f"{folder} lacks {len(missing)} tensors after saving, {min(missing)} for one")
+    if adapter and not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+        raise RunStopped(f"the adapter in {folder} changes nothing, all its B matrices are zero: was the learning rate zero, or no step made?")
