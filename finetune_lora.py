@@ -113,8 +113,7 @@ def main(
     from transformers import set_seed
 
     from models import DTYPES, add_token_rows, choose_precision, load_model, load_skeleton, load_tokenizer, lora_targets
-    from training import (Blocks, SupervisedTrainer, choose_attention, make_arguments, save_result,
-                          speed_up_lora, supervised_forward, train)
+    from training import Blocks, SupervisedTrainer, choose_attention, make_arguments, save_result, speed_up_lora, supervised_forward, train
 
     precision = choose_precision(precision)
     args = make_arguments(output_dir, precision, bool(eval_path or eval_size), training_arguments,

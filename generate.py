@@ -116,7 +116,9 @@ def load(model_name_or_path, lora_path=None, template="auto", bits=16, precision
 
 def generation_arguments(model, chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
     """What model.generate takes; temperature 0 is greedy."""
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if temperature > 0:
+        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     return sampling | dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
 
 

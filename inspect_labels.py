@@ -106,7 +106,8 @@ def audit(examples, chat: Chat, records, max_length: int) -> str:
         chat.encode(record["messages"])
     found["places where a merge would cross from prompt to answer (tokenized apart, as in generation)"] = chat.crossed
     counts = examples.counts
-    lines = [summarize(counts), f"supervised share {counts['supervised_tokens'] / counts['tokens']:.1%}, {counts['windows']:,} windows made of longer dialogues"]
+    lines = [summarize(counts),
+             f"supervised share {counts['supervised_tokens'] / counts['tokens']:.1%}, {counts['windows']:,} windows made of longer dialogues"]
     lines += [f"  {count:,} x {what}" for what, count in found.items() if count] or ["  nothing odd in the labels"]
     edges = [0, *(edge for edge in (64, 128, 256, 512, 1024, 2048, 4096, 8192) if edge < max_length), max_length]
     bars = [int(((lengths > low) & (lengths <= high)).sum()) for low, high in zip(edges, edges[1:])]
@@ -122,7 +123,8 @@ def page(tokenizer, shown: list[dict], title: str) -> str:
                  for text, trained, ids in spans(tokenizer, example, by_token=True))
         body.append(f"<pre>{''.join(boxes)}</pre>")
     style = "pre{white-space:pre-wrap;font:16px/1.7 sans-serif}span{outline:1px solid #ddd}.trained{background:#b7e4c7}"
-    return f"<!doctype html><meta charset=utf-8><title>{html_module.escape(title)}</title><style>{style}</style><h1>{html_module.escape(title)}</h1>{''.join(body)}"
+    title = html_module.escape(title)
+    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>{''.join(body)}"
 
 
 if __name__ == "__main__":

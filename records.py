@@ -64,8 +64,11 @@ def read_rows(path: str, notes: Counter):
     if path.endswith(".parquet"):
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as problem:
+            raise BadInput(f"{path} is not whole Parquet: {str(problem).splitlines()[0]}") from None
         return
     text = read_text(path, notes)
     if path.endswith(".csv"):

@@ -280,7 +280,7 @@ class SupervisedTrainer(Trainer):
         self.add_callback(self.stopper)
         self.seen = torch.zeros(2, dtype=torch.float64)  # tokens, supervised tokens
         self.records_in_step, self.loss_of_step = [], 0.0
-        self.saving_in = None
+        self.seconds_evaluating, self.saving_in = 0.0, None
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -316,6 +316,7 @@ class SupervisedTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss, perplexity and accuracy over all supervised tokens of the evaluation data, each token counted once."""
         self.model_wrapped.eval()
+        start = time.perf_counter()
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, correct, supervised tokens
         for inputs in tqdm(self.get_eval_dataloader(), "evaluating", leave=False, disable=not self.is_world_process_zero()):
             inputs = self._prepare_inputs(inputs)
@@ -328,6 +329,7 @@ class SupervisedTrainer(Trainer):
         metrics = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 100)), "eval_token_accuracy": correct / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.seconds_evaluating += time.perf_counter() - start
         return metrics
 
     # A checkpoint is written into .saving and renamed when it is whole: a run killed meanwhile leaves the one before.
@@ -373,7 +375,8 @@ def make_arguments(output_dir: str, precision: str, evaluates: bool, given: dict
         if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
             raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
     every = "steps" if evaluates else "no"
-    defaults = {"logging_steps": 10, "logging_first_step": True, "per_device_eval_batch_size": chosen["per_device_train_batch_size"], "save_steps": 200, "save_total_limit": 2, "eval_strategy": every, "eval_steps": given.get("save_steps", 200),
+    defaults = {"logging_steps": 10, "logging_first_step": True, "save_steps": 200, "save_total_limit": 2, "eval_strategy": every,
+                "eval_steps": given.get("save_steps", 200), "per_device_eval_batch_size": chosen["per_device_train_batch_size"],
                 "ddp_find_unused_parameters": False, "dataloader_pin_memory": torch.cuda.is_available()}
     if "report_to" in given:
         given = given | {"report_to": given["report_to"].split(",")}
@@ -396,12 +399,16 @@ def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # tqdm.write prints the losses there; the standard output is for the last line
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - trainer.seconds_evaluating
         if trainer.is_world_process_zero():
             plot_loss(trainer.state.log_history, output_dir / "loss.png")
         if trainer.stopper.caught:
             raise RunStopped(f"stopped at step {trainer.state.global_step}, checkpoint kept in {output_dir}: go on with --resume True", status=130)
-        eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+        known = [entry["eval_loss"] for entry in trainer.state.log_history[-3:] if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+        if known and not args.load_best_model_at_end:
+            eval_loss = known[0]
+        else:
+            eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
     seen = trainer.seen.to(args.device)
     if args.world_size > 1:
         torch.distributed.all_reduce(seen)

@@ -45,7 +45,8 @@ def cli(main) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 2 to 5 times on a shared machine
     if {"-h", "--help"} & set(sys.argv[1:]):
         os.environ.setdefault("PAGER", "cat")
-        return fire.Fire(main, command=["--help"])
+        with contextlib.redirect_stderr(sys.stdout):  # so that --help | less shows it
+            return fire.Fire(main, command=["--", "--help"])
     strays, texts = [], {}
 
     @fire.decorators.SetParseFn(str)
@@ -67,6 +68,12 @@ def cli(main) -> None:
         sys.exit(problem.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as problem:  # torch raises RuntimeError, safetensors its own error, Python OSError
+        if "No space left" not in str(problem) and "file write failed" not in str(problem):
+            raise
+        print(f"error: the disk is full ({problem.__class__.__name__}); what was whole before is kept: free some space, then --resume True "
+              f"or the same command again", file=sys.stderr)
+        sys.exit(2)
 
 
 def convert_flags(main, texts: dict[str, str]) -> dict:
@@ -155,7 +162,9 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False) -> None:
         return
     names = {file.name for file in folder.iterdir()}
     if "config.json" not in names:
-        what = "is a LoRA adapter: give its base as the model and this as --lora_path" if "adapter_config.json" in names else "has no config.json, so it is no model"
+        what = "has no config.json, so it is no model"
+        if "adapter_config.json" in names:
+            what = "is a LoRA adapter: give its base as the model and this as --lora_path"
         raise BadInput(f"{folder} {what} (it holds {', '.join(sorted(names)[:8]) or 'nothing'})")
     for index in names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"}:
         missing = sorted(set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values()) - names)

@@ -61,8 +61,9 @@ def main(
         speed = {who: [run["supervised_tokens"] / run["seconds"] for run in runs] for who, runs in results.items()}
         for who, runs in results.items():
             ratio = statistics.median(speed["ours"]) / statistics.median(speed["theirs"])
+            memory = statistics.median(run["peak_memory_bytes"] for run in runs)
             print(f"| {name} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
-                  f"| {statistics.median(run['peak_memory_bytes'] for run in runs) / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
+                  f"| {memory / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
 
 
 def prepare(data_dir: Path, row: str):
@@ -151,7 +152,8 @@ def theirs(chat, records, max_length, lora) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(folder, packing=True, max_length=max_length, assistant_only_loss=True, gradient_checkpointing=False, bf16=False, **LOOP)
-        trainer = Counting(random_llama("sdpa"), args, train_dataset=Dataset.from_list([{"messages": messages} for messages in records]), processing_class=chat.tokenizer,
+        dataset = Dataset.from_list([{"messages": messages} for messages in records])
+        trainer = Counting(random_llama("sdpa"), args, train_dataset=dataset, processing_class=chat.tokenizer,
                            peft_config=lora_config() if lora else None)
         start = time.perf_counter()
         trainer.train()

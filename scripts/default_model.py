@@ -30,9 +30,10 @@ def main():
         print(f"preparing the default model in {folder}", file=sys.stderr)
 
         with contextlib.redirect_stdout(sys.stderr), whole_folder(folder) as unfinished:  # the standard output is the folder alone
-            import models  # noqa: F401  (it quiets libraries)
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+            import models  # noqa: F401  (it quiets libraries)
 
             AutoTokenizer.from_pretrained(file.parent, gguf_file=NAME).save_pretrained(unfinished)
             AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=NAME, quantization_config=GgufConfig(dequantize=True),

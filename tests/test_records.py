@@ -117,6 +117,17 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, data, reason):
         list(read_records(str(tmp_path / "data.json")))
 
 
+def test_parquet_cut_in_the_middle_is_refused(tmp_path):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"instruction": "问", "output": "答"}]), tmp_path / "data.parquet")
+    whole = (tmp_path / "data.parquet").read_bytes()
+    for size in (0, 20, len(whole) - 9):
+        (tmp_path / "data.parquet").write_bytes(whole[:size])
+        with pytest.raises(BadInput, match="not whole Parquet"):
+            list(read_records(str(tmp_path / "data.parquet")))
+
+
 def test_a_csv_without_the_columns_is_refused(tmp_path):
     with pytest.raises(BadInput, match="keys 问题, 回答"):
         list(read_records(write(tmp_path, "问题,回答\n一,二\n", name="data.csv")))

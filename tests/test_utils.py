@@ -1,0 +1,148 @@
+"""The command line: understood as a whole before anything runs; and the checks of files and folders."""
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from conftest import ROOT
+
+from utils import BadInput, check_adapter, check_model, check_output_dir, cli, convert_flags, fingerprint, resume_point, whole_folder, write_facts
+
+
+def main(*, prompt: str, count: int = 1, rate: float = 0.5, packing: bool = True, bits: Literal[16, 8, 4] = 16, path: str | None = None):
+    """Do nothing.
+
+    Args:
+        prompt: What to say.
+    """
+
+
+def tune(*, learning_rate: float = 1e-4, **training_arguments):
+    pass
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run cli on a main that notes what it was given, or fails; returns (exit status, flags, standard error)."""
+    def run(*words, fails=None):
+        given = {}
+
+        def main(*, prompt: str = "", count: int = 1, packing: bool = True):
+            given.update(prompt=prompt, count=count, packing=packing)
+            if fails:
+                raise fails
+
+        monkeypatch.setattr(sys, "argv", ["stage.py", *words])
+        try:
+            cli(main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, given, capsys.readouterr().err
+
+    return run
+
+
+def test_text_stays_text(run):
+    assert run("--prompt", "hello, world", "--count=3", "--packing", "false")[1] == {"prompt": "hello, world", "count": 3, "packing": False}
+    for text in ("[1, 2]", "None", "1e5", "{'a': 1}", "True"):
+        assert run("--prompt", text)[1]["prompt"] == text
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ({"prompt": "a", "cuont": "3"}, "--cuont is not a flag of .*did you mean --count?"), ({"prompt": "a", "count": "3.5"}, "--count=3.5 is not a whole number"),
+    ({"prompt": "a", "rate": "fast"}, "--rate=fast is not a number"), ({"prompt": "a", "packing": "yes"}, "--packing=yes is not True or False"),
+    ({"prompt": "a", "bits": "5"}, "--bits=5 is not one of 16, 8, 4"), ({}, "--prompt is missing: What to say"),
+])
+def test_a_flag_that_cannot_be_understood_is_named_with_the_remedy(flags, reason):
+    with pytest.raises(BadInput, match=reason):
+        convert_flags(main, flags)
+
+
+def test_every_flag_has_the_type_of_its_annotation():
+    assert convert_flags(main, {"prompt": "7", "rate": "2", "bits": "4", "path": "None"}) == {"prompt": "7", "rate": 2.0, "bits": 4, "path": None}
+    assert convert_flags(tune, {"learning_rate": "1e-5", "max_steps": "30", "report_to": "tensorboard", "optim": "adafactor"}) == {
+        "learning_rate": 1e-5, "max_steps": 30, "report_to": "tensorboard", "optim": "adafactor"}
+    with pytest.raises(BadInput, match="did you mean --max_steps"):
+        convert_flags(tune, {"max_step": "30"})
+
+
+def test_nothing_runs_before_the_line_is_understood(run):
+    for words in (("--prompt", "a", "--cuont", "3"), ("--prompt", "a", "stray"), ("--count", "many")):
+        status, given, error = run(*words)
+        assert status == 2 and not given and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("problem, status, said", [
+    (BadInput("what, where"), 2, "error: what, where"), (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 2, "the disk is full"), (KeyboardInterrupt(), 130, ""),
+], ids=str)
+def test_what_ends_a_run_is_one_line_and_a_status(run, problem, status, said):
+    got, _, error = run("--prompt", "a", fails=problem)
+    assert got == status and said in error and error.count("\n") <= 1
+
+
+def test_a_mistyped_flag_and_help_load_no_torch():
+    code = "import sys; sys.argv = ['finetune_lora.py', {!r}]; import finetune_lora, utils\ntry: utils.cli(finetune_lora.main)\nfinally: print('torch' in sys.modules)"
+    for flag, status in (("--learning_rat=1", 2), ("--help", 0)):
+        done = subprocess.run([sys.executable, "-c", code.format(flag)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status and done.stdout.endswith("False\n"), done.stderr
+    assert "--lora_r=LORA_R" in done.stdout and "Rank of the update" in done.stdout  # on the standard output
+
+
+# ---- files ----
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "a") as unfinished:
+        (unfinished / "half").write_text("x")
+        1 / 0
+    assert not list(tmp_path.iterdir())
+    with whole_folder(tmp_path / "a") as unfinished:
+        (unfinished / "file").write_text("x")
+        assert not (tmp_path / "a").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
+
+
+def test_a_folder_that_is_no_model_is_told_apart(tmp_path):
+    for names, reason in (((), "holds nothing"), (("adapter_config.json",), "is a LoRA adapter: give its base"), (("config.json", "pytorch_model.bin"), "pickle.*--allow_pickle"),
+                          (("config.json",), "holds no weights")):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("{}")
+        with pytest.raises(BadInput, match=reason):
+            check_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}))
+    (folder / "model-00001-of-00002.safetensors").write_text("")
+    with pytest.raises(BadInput, match="lacks model-00002-of-00002.safetensors"):
+        check_model(str(folder))
+    with pytest.raises(BadInput, match="is no adapter"):
+        check_adapter(str(folder))
+    check_model("Qwen/Qwen2.5-7B")
+
+
+def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp_path):
+    check_output_dir(str(tmp_path / "new"), resume=False)
+    write_facts(str(tmp_path), {"seed": 1, "data": "abc"})
+    with pytest.raises(BadInput, match="holds another run"):
+        check_output_dir(str(tmp_path), resume=False)
+    with pytest.raises(BadInput, match="was begun with seed = 1, now it is 2"):
+        resume_point(str(tmp_path), {"seed": 2, "data": "abc"})
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")  # the other is not whole
+    assert Path(resume_point(str(tmp_path), {"seed": 1, "data": "abc"})).name == "checkpoint-9"
+
+
+def test_a_fingerprint_tells_one_base_from_another(tmp_path):
+    import numpy
+    from safetensors.numpy import save_file
+
+    found = set()
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": numpy.full((3, 4), value, "float32")}, tmp_path / name / "model.safetensors")
+        found.add(fingerprint(str(tmp_path / name)))
+    assert len(found) == 2 and fingerprint(str(tmp_path)) is None
