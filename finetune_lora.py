@@ -62,6 +62,8 @@ def main(
     warmup_steps: float = 0.03,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
+    longest_first: bool = False,
+    early_stopping_patience: int = 0,
     seed: int = 42,
     resume: bool = False,
     **training_arguments,
@@ -97,6 +99,8 @@ def main(
         warmup_steps: Steps of linear warm-up: a number, or a share below 1.
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
+        longest_first: Begin with the longest blocks, so that a lack of memory shows at the first step.
+        early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
         seed: Of everything random.
         resume: Go on from the last checkpoint in output_dir.
         training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
@@ -113,15 +117,16 @@ def main(
     from transformers import set_seed
 
     from models import DTYPES, add_token_rows, choose_precision, load_model, load_skeleton, load_tokenizer, lora_targets
-    from training import Blocks, SupervisedTrainer, choose_attention, make_arguments, save_result, speed_up_lora, supervised_forward, train
+    from training import (Blocks, SupervisedTrainer, check_machine, choose_attention, make_arguments, save_result, speed_up_lora,
+                          supervised_forward, train)
 
     precision = choose_precision(precision)
-    args = make_arguments(output_dir, precision, bool(eval_path or eval_size), training_arguments,
+    skeleton = load_skeleton(model_name_or_path, trust_remote_code)  # before the arguments: ZeRO-3 would shard it
+    args = make_arguments(output_dir, precision, bool(eval_path or eval_size), early_stopping_patience, training_arguments,
                           per_device_train_batch_size=per_device_train_batch_size, learning_rate=learning_rate,
                           gradient_accumulation_steps=gradient_accumulation_steps, num_train_epochs=num_train_epochs,
                           lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, seed=seed,
                           gradient_checkpointing=gradient_checkpointing)
-    skeleton = load_skeleton(model_name_or_path, trust_remote_code)
     targets = lora_targets(skeleton, lora_target_modules)
     chat = Chat(load_tokenizer(model_name_or_path, trust_remote_code), template, last_round_only)
 
@@ -137,7 +142,8 @@ def main(
     facts = {"data": file_hash(data_path), "base": fingerprint(model_name_or_path), "template": chat.template, "bits": bits,
              "max_length": max_length, "packing": packing, "eval_size": eval_size, "lora_r": lora_r, "precision": precision,
              "seed": seed, "per_device_train_batch_size": per_device_train_batch_size,
-             "gradient_accumulation_steps": gradient_accumulation_steps, "world_size": args.world_size}
+             "gradient_accumulation_steps": gradient_accumulation_steps, "longest_first": longest_first, "world_size": args.world_size}
+    check_machine(args, skeleton, 0, bits, facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)
@@ -154,7 +160,7 @@ def main(
         use_rslora=use_rslora, use_dora=use_dora, trainable_token_indices=rows or None))
     speed_up_lora(model)
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # new rows alone, not all of a grown table
-    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, padded=attention is None)
+    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, longest_first, early_stopping_patience)
     write_facts(output_dir, facts)
     report = train(trainer, checkpoint)
 

@@ -1,5 +1,6 @@
 """Loading what the scripts train and use: tokenizer, base model in 16, 8 or 4 bit, adapter. Whatever is missing is an
 error here, since transformers and peft would warn and go on with random weights."""
+import contextlib
 import json
 import logging
 import os
@@ -95,14 +96,35 @@ def add_token_rows(model, tokenizer, new_tokens: list[str]) -> dict[str, list[in
     """
     if not new_tokens:
         return {}
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    weight = model.get_input_embeddings().weight
+    if len(tokenizer) > getattr(weight, "ds_shape", weight.shape)[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids = tokenizer.convert_tokens_to_ids(new_tokens)
     layers = {id(layer.weight): layer for layer in (model.get_output_embeddings(), model.get_input_embeddings())}  # one if tied
-    with torch.no_grad():
+    with torch.no_grad(), gathered([layer.weight for layer in layers.values()]):
         for layer in layers.values():
             layer.weight[ids] = layer.weight[: min(ids)].float().mean(dim=0).to(layer.weight)
     return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if module in layers.values()}
+
+
+def gathered(parameters: list):
+    """Under ZeRO-3 these parameters whole, to be read and written; else they are whole anyway."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def freeze(model, freeze_layers: int) -> int:
+    """Leave the embeddings and the lowest layers as they are; returns the number of weights that are trained."""
+    if freeze_layers:
+        layers = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+        if not 0 < freeze_layers < len(layers):
+            raise BadInput(f"--freeze_layers={freeze_layers}: this model has {len(layers)} layers, leave one at least")
+        for module in (model.get_input_embeddings(), *layers[:freeze_layers]):
+            module.requires_grad_(False)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):

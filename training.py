@@ -6,10 +6,12 @@ loop itself are transformers.Trainer's.
 """
 import contextlib
 import copy
+import datetime
 import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,11 +27,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
+from transformers import AttentionInterface, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from chat import IGNORE_INDEX, Chat, Examples, pack
-from utils import BadInput, RunStopped
+from utils import BadInput, RunStopped, check_file
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
 
@@ -100,11 +102,11 @@ def lora_forward(self, x, *_, **__):
 
 
 def speed_up_lora(model) -> None:
-    """Give the plain LoRA layers of a peft model lora_forward; DoRA and quantized layers keep peft's own."""
+    """Give the plain LoRA layers of a peft model lora_forward; DoRA, quantized and ZeRO-3's sharded layers keep peft's own."""
     from peft.tuners.lora import Linear
 
     for module in model.modules():
-        if type(module) is Linear and not module.use_dora[module.active_adapters[0]]:
+        if type(module) is Linear and not module.use_dora[module.active_adapters[0]] and not hasattr(module.base_layer.weight, "ds_id"):
             module.forward = MethodType(lora_forward, module)
 
 
@@ -140,9 +142,14 @@ class HeadLoss(torch.autograd.Function):
 
 
 def chunks(head, positions: int) -> list[tuple[int, int]]:
-    """Spans of positions whose logits together stay below LOGITS_AT_ONCE."""
-    size = max(1, LOGITS_AT_ONCE // next(head.parameters()).shape[0])
-    return [(begin, min(begin + size, positions)) for begin in range(0, positions, size)]
+    """Spans of positions whose logits together stay below LOGITS_AT_ONCE; under ZeRO-3 as many of them on every rank."""
+    weight = next(head.parameters())
+    size = max(1, LOGITS_AT_ONCE // getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves shape empty
+    count = torch.tensor(math.ceil(positions / size), device=weight.device)
+    if hasattr(weight, "ds_id"):  # each use of a sharded head gathers it, and all ranks must take part in that, in an empty block too
+        count.clamp_(min=1)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    return [(min(begin, positions), min(begin + size, positions)) for begin in range(0, int(count) * size, size)]
 
 
 def supervised_forward(self, input_ids, labels, num_items_in_batch=None, position_ids=None, attention_mask=None,
@@ -160,10 +167,10 @@ def supervised_forward(self, input_ids, labels, num_items_in_batch=None, positio
     hidden, targets, head = hidden[:, :-1][supervised], labels[:, 1:][supervised], self.get_output_embeddings()  # (N, D), (N,)
     correct = None
     parameters = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and not any(hasattr(p, "ds_id") for p in parameters):
+    if torch.is_grad_enabled() and not any(hasattr(p, "ds_id") for p in head.parameters()):
         loss = HeadLoss.apply(hidden, targets, head, *parameters)
     else:
-        # Evaluation; and ZeRO-3, where the gradient of a sharded head must come from autograd's own graph
+        # Evaluation; and ZeRO-3, which gathers a sharded head by hooks of autograd's own graph
         loss, correct = hidden.sum() * 0.0, 0
         for begin, end in chunks(head, len(targets)):
             of_chunk, right = checkpoint(head_chunk, head, hidden[begin:end], targets[begin:end], use_reentrant=False)
@@ -185,6 +192,7 @@ class Blocks(torch.utils.data.Dataset):
         lengths = examples.lengths[chosen].tolist()
         self.examples = examples
         self.blocks = [[chosen[i] for i in block] for block in pack(lengths, max_length)] if packing else [[e] for e in chosen]
+        self.lengths = [int(examples.lengths[block].sum()) for block in self.blocks]
         self.tokens = sum(lengths)
 
     def __len__(self) -> int:
@@ -207,10 +215,13 @@ class BlockSampler(torch.utils.data.Sampler):
 
     With the same blocks in each global batch on one rank and on many, batch, accumulation and ranks can be traded for
     one another, and no block is trained twice to make the ranks even.
+
+    Args:
+        first: Blocks that the first epoch begins with, whatever the seed says.
     """
 
-    def __init__(self, blocks: int, multiple_of: int, seed: int | None):
-        self.blocks, self.length, self.seed, self.epoch = blocks, math.ceil(blocks / multiple_of) * multiple_of, seed, 0
+    def __init__(self, blocks: int, multiple_of: int, seed: int | None, first: tuple[int, ...] = ()):
+        self.blocks, self.length, self.seed, self.first, self.epoch = blocks, math.ceil(blocks / multiple_of) * multiple_of, seed, first, 0
 
     def __len__(self) -> int:
         return self.length
@@ -219,6 +230,8 @@ class BlockSampler(torch.utils.data.Sampler):
         order = list(range(self.blocks))
         if self.seed is not None:
             order = torch.randperm(self.blocks, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        if self.epoch == 0 and self.first:
+            order = [*self.first, *(b for b in order if b not in self.first)]
         return iter(order + [-1] * (self.length - self.blocks))
 
 
@@ -238,7 +251,8 @@ def collate(blocks: list[list[dict]], padded: bool = False) -> dict:
     else:
         batch |= {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None], "document_lengths": [len(row) for row in ids],
                   "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None]}
-    return batch | {"tokens": sum(map(len, ids)), "supervised": int((batch["labels"] != IGNORE_INDEX).sum())}
+    tokens = sum(len(example["input_ids"]) for example in examples if example["record"] >= 0)
+    return batch | {"tokens": tokens, "supervised": int((batch["labels"] != IGNORE_INDEX).sum())}
 
 
 # ---- trainer ----
@@ -272,12 +286,15 @@ class StopOnSignal(TrainerCallback):
 class SupervisedTrainer(Trainer):
     """transformers.Trainer on Blocks: counts tokens, stops at a NaN, evaluates by token, and saves whole checkpoints."""
 
-    def __init__(self, model, args, train: Blocks, eval: Blocks | None, padded: bool):
+    def __init__(self, model, args, train: Blocks, eval: Blocks | None, padded: bool, longest_first: bool = False, early_stopping_patience: int = 0):
         args.remove_unused_columns, args.logging_nan_inf_filter = False, False
         super().__init__(model, args, data_collator=lambda blocks: collate(blocks, padded), train_dataset=train, eval_dataset=eval)
         self.model_accepts_loss_kwargs = True  # supervised_forward divides by the supervised tokens of the global batch
         self.stopper = StopOnSignal()
         self.add_callback(self.stopper)
+        if early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience))
+        self.longest_first = longest_first
         self.seen = torch.zeros(2, dtype=torch.float64)  # tokens, supervised tokens
         self.records_in_step, self.loss_of_step = [], 0.0
         self.seconds_evaluating, self.saving_in = 0.0, None
@@ -285,7 +302,9 @@ class SupervisedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.sampler = BlockSampler(len(self.train_dataset), together, args.seed if args.data_seed is None else args.data_seed)
+        lengths = self.train_dataset.lengths
+        first = sorted(range(len(lengths)), key=lambda b: -lengths[b])[:together] if self.longest_first else ()
+        self.sampler = BlockSampler(len(lengths), together, args.seed if args.data_seed is None else args.data_seed, tuple(first))
         return self.sampler
 
     def _get_eval_sampler(self, eval_dataset):
@@ -365,7 +384,7 @@ class SupervisedTrainer(Trainer):
 
 
 # ---- a run ----
-def make_arguments(output_dir: str, precision: str, evaluates: bool, given: dict, **chosen) -> TrainingArguments:
+def make_arguments(output_dir: str, precision: str, evaluates: bool, early_stopping_patience: int, given: dict, **chosen) -> TrainingArguments:
     """TrainingArguments out of our flags, our defaults, and what the user gave of the other fields."""
     ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
             "label_smoothing_factor": None, "use_liger_kernel": None, "torch_compile": None, "remove_unused_columns": None, "do_train": None}
@@ -374,15 +393,74 @@ def make_arguments(output_dir: str, precision: str, evaluates: bool, given: dict
     for tracker in str(given.get("report_to") or "none").split(","):
         if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
             raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
+    if early_stopping_patience and not evaluates:
+        raise BadInput("--early_stopping_patience needs something to evaluate on: add --eval_path or --eval_size")
     every = "steps" if evaluates else "no"
     defaults = {"logging_steps": 10, "logging_first_step": True, "save_steps": 200, "save_total_limit": 2, "eval_strategy": every,
                 "eval_steps": given.get("save_steps", 200), "per_device_eval_batch_size": chosen["per_device_train_batch_size"],
                 "ddp_find_unused_parameters": False, "dataloader_pin_memory": torch.cuda.is_available()}
+    if early_stopping_patience:
+        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
+    if "deepspeed" in given:
+        check_deepspeed(given["deepspeed"])
     if "report_to" in given:
         given = given | {"report_to": given["report_to"].split(",")}
     checkpointing = chosen.pop("gradient_checkpointing")
-    return TrainingArguments(output_dir=output_dir, bf16=precision == "bf16", fp16=precision == "fp16", activation_checkpointing=checkpointing,
-                             activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None, **(defaults | chosen | given))
+    if not torch.cuda.is_available():
+        defaults["use_cpu"] = True
+        if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():  # on CPUs accelerate would leave the timeout out
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=given.get("ddp_timeout", 1800)))
+            if "deepspeed" in given:
+                import deepspeed
+
+                deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    try:
+        return TrainingArguments(output_dir=output_dir, bf16=precision == "bf16", fp16=precision == "fp16", activation_checkpointing=checkpointing,
+                                 activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None, **(defaults | chosen | given))
+    except ValueError as problem:
+        raise BadInput(f"transformers refuses these flags: {' '.join(str(problem).split())[:300]}") from None
+
+
+def check_deepspeed(path: str) -> None:
+    """BadInput if a DeepSpeed file would overrule the flags in silence, or cannot be read."""
+    check_file("deepspeed", path)
+    try:
+        sections = json.loads(Path(path).read_text("utf-8"))
+    except json.JSONDecodeError as problem:
+        raise BadInput(f"--deepspeed={path}, line {problem.lineno}: not JSON ({problem.msg})") from None
+    for section in ("optimizer", "scheduler"):
+        if section in sections:
+            raise BadInput(f"--deepspeed={path} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, --lr_scheduler_type, "
+                           f"--warmup_steps): remove it, the flags say it all")
+
+
+def check_machine(args: TrainingArguments, skeleton, trained: int, bits: int, facts: dict) -> None:
+    """BadInput if the ranks disagree on what they train, or the machine cannot do what the DeepSpeed file asks for.
+
+    Args:
+        skeleton: The model on the meta device.
+        trained: Number of weights that are trained.
+        facts: What must be the same on every rank.
+    """
+    if args.world_size > 1:
+        everyone = [None] * args.world_size
+        torch.distributed.all_gather_object(everyone, facts)
+        for rank, others in enumerate(everyone):
+            for name in facts:
+                if others[name] != everyone[0][name]:
+                    raise BadInput(f"rank {rank} has another {name} than rank 0 ({others[name]}, not {everyone[0][name]}): give every machine the same files")
+    if not args.deepspeed:
+        return
+    zero = json.loads(Path(args.deepspeed).read_text("utf-8")).get("zero_optimization", {})
+    if zero.get("stage") == 3 and bits < 16:
+        raise BadInput(f"--bits={bits} cannot be spread by ZeRO-3: take ds_configs/zero2.json, or --bits 16")
+    needed = 16 * trained * (zero.get("offload_optimizer", {}).get("device") == "cpu")  # fp32 weights, gradients, two moments
+    needed += 2 * sum(p.numel() for p in skeleton.parameters()) * (zero.get("offload_param", {}).get("device") == "cpu")
+    free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if needed / machines > free:
+        raise BadInput(f"--deepspeed={args.deepspeed} offloads {needed / machines / 1e9:.1f} GB to this machine's RAM, of which {free / 1e9:.1f} GB "
+                       f"are free: take a file without offload on more GPUs, or train less (LoRA, --freeze_layers)")
 
 
 def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
@@ -390,7 +468,7 @@ def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
     args = trainer.args
     output_dir = Path(args.output_dir)
     if checkpoint is None:
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainable = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         needed = trainable * 12 * ((args.save_total_limit or 5) + 1) + trainable * 4  # fp32 weights and two moments of AdamW
         parent = next(folder for folder in (output_dir, *output_dir.resolve().parents) if folder.exists())
         if shutil.disk_usage(parent).free < needed:
@@ -398,7 +476,10 @@ def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
                            f"{needed / 1e9:.1f} GB: free some space, or lower --save_total_limit")
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # tqdm.write prints the losses there; the standard output is for the last line
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        except RuntimeError as problem:  # torch.OutOfMemoryError is one; the CPU's allocator and gloo raise it bare
+            raise explain(problem, trainer) or problem from None
         seconds = time.perf_counter() - start - trainer.seconds_evaluating
         if trainer.is_world_process_zero():
             plot_loss(trainer.state.log_history, output_dir / "loss.png")
@@ -416,6 +497,24 @@ def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"tokens": int(seen[0]), "supervised_tokens": int(seen[1]), "seconds": round(seconds, 2), "tokens_per_second": round(float(seen[0]) / seconds, 1),
             "train_loss": result.training_loss, "eval_loss": eval_loss, "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+
+
+def explain(problem: RuntimeError, trainer: SupervisedTrainer) -> RunStopped | None:
+    """What to do about a lack of memory or a lost machine, in the order of what costs least; None for anything else."""
+    args, said = trainer.args, str(problem)
+    if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        batch = args.per_device_train_batch_size
+        remedies = [f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {args.gradient_accumulation_steps * 2}"] if batch > 1 else []
+        remedies += [] if args.activation_checkpointing else ["--gradient_checkpointing True"]
+        remedies += [] if args.deepspeed else ["a smaller --max_length", "--optim adamw_8bit",
+                                               "with several GPUs --deepspeed ds_configs/zero3.json, with much RAM ds_configs/zero3_offload.json"]
+        remedies += ["finetune_lora.py, with --bits 4 at the last"]
+        return RunStopped(f"out of memory in step {trainer.state.global_step + 1} ({said.splitlines()[0][:150]}). What to change, cheapest first: "
+                          + "; ".join(remedies) + ". --longest_first True shows at the first step whether it fits")
+    if args.world_size > 1 and re.search("timed out|connection (closed|reset)|broken pipe|peer", said, re.IGNORECASE):
+        return RunStopped(f"another rank has died or cannot be reached ({said.splitlines()[0][:150]}): look at its messages, then start all of them again "
+                          f"with --resume True; --ddp_timeout sets how many seconds to wait ({args.ddp_timeout} now)")
+    return None
 
 
 def plot_loss(history: list[dict], path: Path) -> None:
@@ -439,8 +538,13 @@ def plot_loss(history: list[dict], path: Path) -> None:
 
 def save_result(trainer: SupervisedTrainer, chat: Chat, about: dict) -> None:
     """Write the model or adapter with tokenizer, chat template and stop tokens into output_dir, read back before it counts."""
+    from peft import PeftModel
+
     output_dir, saving_in = Path(trainer.args.output_dir), Path(trainer.args.output_dir, ".saving")
     trainer.on_each_machine(lambda: shutil.rmtree(saving_in, ignore_errors=True))
+    if not isinstance(trainer.model, PeftModel) and not trainer.args.deepspeed:
+        # fp32 masters have done their work: what was computed with in each step were their 16-bit roundings
+        trainer.model.to(torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else torch.float32)
     trainer.save_model(str(saving_in))  # under ZeRO-3 this gathers the shards, so every rank takes part
 
     def finish():
