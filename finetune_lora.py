@@ -143,7 +143,7 @@ def main(
              "max_length": max_length, "packing": packing, "eval_size": eval_size, "lora_r": lora_r, "precision": precision,
              "seed": seed, "per_device_train_batch_size": per_device_train_batch_size,
              "gradient_accumulation_steps": gradient_accumulation_steps, "longest_first": longest_first, "world_size": args.world_size}
-    check_machine(args, skeleton, 0, bits, facts)
+    check_machine(args, skeleton, 0, facts, bits, bool(chat.new_tokens))
     checkpoint = resume_point(output_dir, facts) if resume else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)

@@ -128,7 +128,7 @@ def main(
              "max_length": max_length, "packing": packing, "eval_size": eval_size, "freeze_layers": freeze_layers, "precision": precision,
              "seed": seed, "per_device_train_batch_size": per_device_train_batch_size,
              "gradient_accumulation_steps": gradient_accumulation_steps, "longest_first": longest_first, "world_size": args.world_size}
-    check_machine(args, skeleton, trained, 16, facts)
+    check_machine(args, skeleton, trained, facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)

@@ -434,13 +434,15 @@ def check_deepspeed(path: str) -> None:
                            f"--warmup_steps): remove it, the flags say it all")
 
 
-def check_machine(args: TrainingArguments, skeleton, trained: int, bits: int, facts: dict) -> None:
+def check_machine(args: TrainingArguments, skeleton, trained: int, facts: dict, bits: int = 16, new_rows: bool = False) -> None:
     """BadInput if the ranks disagree on what they train, or the machine cannot do what the DeepSpeed file asks for.
 
     Args:
         skeleton: The model on the meta device.
         trained: Number of weights that are trained.
         facts: What must be the same on every rank.
+        bits: Of a frozen base.
+        new_rows: Whether new tokens are trained beside a frozen table.
     """
     if args.world_size > 1:
         everyone = [None] * args.world_size
@@ -454,6 +456,9 @@ def check_machine(args: TrainingArguments, skeleton, trained: int, bits: int, fa
     zero = json.loads(Path(args.deepspeed).read_text("utf-8")).get("zero_optimization", {})
     if zero.get("stage") == 3 and bits < 16:
         raise BadInput(f"--bits={bits} cannot be spread by ZeRO-3: take ds_configs/zero2.json, or --bits 16")
+    if zero.get("stage") == 3 and new_rows:
+        raise BadInput("this template's special tokens are new to the model, and peft cannot train their rows alone under ZeRO-3: take "
+                       "ds_configs/zero2.json, or another --template")
     needed = 16 * trained * (zero.get("offload_optimizer", {}).get("device") == "cpu")  # fp32 weights, gradients, two moments
     needed += 2 * sum(p.numel() for p in skeleton.parameters()) * (zero.get("offload_param", {}).get("device") == "cpu")
     free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
