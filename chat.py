@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy
 
-from records import numbered_records
-from utils import BadInput, cache_folder, whole_folder
+from records import document_files, numbered_records
+from utils import BadInput, cache_folder, file_hash, whole_folder
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss skips these positions
 
@@ -120,6 +120,8 @@ class Chat:
             self.new_tokens = [token for token in special_tokens if token not in tokenizer.get_vocab()]
             tokenizer.add_tokens(special_tokens, special_tokens=True)
             tokenizer.chat_template = TEMPLATES[template].jinja
+            if template == "plain" and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # a LLaMA begins every text with it
+                tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
         self.jinja = tokenizer.get_chat_template()
         self.marked = re.search(r"{%-?\s*generation\b", self.jinja) is not None
         self.control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -272,48 +274,83 @@ class Examples:
         return self.starts[1:] - self.starts[:-1]
 
 
+class JoinedExamples:
+    """The examples of several files as if they were one; records are numbered on."""
+
+    def __init__(self, parts: list[Examples]):
+        self.parts = parts
+        self.firsts = numpy.cumsum([0] + [len(part) for part in parts])  # first example of each part
+        self.lengths = numpy.concatenate([part.lengths for part in parts])
+        before = numpy.cumsum([0] + [int(part.records[-1]) + 1 for part in parts])
+        self.records = numpy.concatenate([part.records + first for part, first in zip(parts, before)])
+        self.counts = dict(sum((Counter({key: value for key, value in part.counts.items() if key != "notes"}) for part in parts), Counter()))
+        self.counts = {key: self.counts.get(key, 0) for key in parts[0].counts} | {"notes": dict(sum((Counter(part.counts["notes"]) for part in parts), Counter()))}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, e: int) -> dict[str, list[int]]:
+        part = int(numpy.searchsorted(self.firsts, e, "right")) - 1
+        return self.parts[part][e - int(self.firsts[part])] | {"record": int(self.records[e])}
+
+
 def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_records: bool = False,
-                     unescape_newlines: bool = False) -> Examples:
+                     unescape_newlines: bool = False, document_separator: str | None = None) -> Examples:
     """The examples of a file in file order, each of at most max_length tokens; from the cache where nothing changed.
 
-    The cache is keyed by content: the bytes of data and tokenizer, the template, the flags above and this file.
+    The cache is keyed by content: the bytes of data and tokenizer, the template, the flags above and this file. It is
+    written as it is made and read through the page cache, so a corpus may be larger than the memory.
+
+    Args:
+        document_separator: The file holds documents for pretraining; see numbered_records.
     """
     from tqdm import tqdm
 
     shortest = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     if (frame := sum(len(ids) for ids, _ in chat.encode(shortest))) > max_length:
         raise BadInput(f"--max_length={max_length} is below the {frame} tokens of the shortest dialogue in template {chat.template}")
-    flags = repr((chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines))
-    parts = Path(data_path).read_bytes(), chat.tokenizer.backend_tokenizer.to_str().encode(), flags.encode(), Path(__file__).read_bytes()
-    folder = cache_folder() / "examples" / hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    flags = repr((chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator))
+    parts = file_hash(data_path), file_hash(__file__), chat.tokenizer.backend_tokenizer.to_str(), flags
+    folder = cache_folder() / "examples" / hashlib.sha256("\n".join(parts).encode()).hexdigest()
     if not folder.is_dir():
-        input_ids, supervised, lengths, numbers, counts, notes = array("i"), bytearray(), array("q"), array("q"), Counter(), Counter()
-        records = iter(tqdm(numbered_records(data_path, skip_bad_records, unescape_newlines, notes), "tokenizing", unit=" records"))
+        lengths, numbers, counts, notes = array("q", [0]), array("q"), Counter(), Counter()
+        rows = numbered_records(data_path, skip_bad_records, unescape_newlines, notes, document_separator)
+        records = iter(tqdm(rows, f"tokenizing {Path(data_path).name}", unit=" records"))
         batches = iter(lambda: list(itertools.islice(records, 250)), [])
         global _job  # what the forked workers inherit, rather than a pickled tokenizer with every batch
-        _job = functools.partial(_tokenize_batch, chat, max_length, skip_bad_records, data_path)
-        with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        cut = cut_document if document_separator else cut_dialogue
+        _job = functools.partial(_tokenize_batch, chat, cut, max_length, skip_bad_records, data_path)
+        with (whole_folder(folder) as unfinished, open(unfinished / "input_ids", "wb") as input_ids, open(unfinished / "supervised", "wb") as supervised,
+              multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool):
             for batch in pool.imap(_run_job, batches):
-                for whole, part in zip((input_ids, supervised, lengths, numbers, counts), batch):
-                    whole.update(part) if whole is counts else whole.extend(part)
-        counts = dict(counts) | {"examples": len(numbers), "tokens": len(input_ids), "supervised_tokens": sum(supervised), "notes": +notes}
-        with whole_folder(folder) as unfinished:
-            for name, values in (("input_ids", numpy.array(input_ids, "int32")), ("supervised", numpy.array(supervised, "bool")),
-                                 ("starts", numpy.cumsum([0, *lengths], dtype="int64")), ("records", numpy.array(numbers, "int64"))):
-                numpy.save(unfinished / f"{name}.npy", values)
+                batch[0].tofile(input_ids)
+                supervised.write(batch[1])
+                counts.update(batch[4] | {"supervised_tokens": sum(batch[1])})
+                lengths.extend(batch[2])
+                numbers.extend(batch[3])
+            starts = numpy.cumsum(lengths, dtype="int64")
+            starts.tofile(unfinished / "starts")
+            numbers.tofile(open(unfinished / "records", "wb"))
+            counts = dict(counts) | {"examples": len(numbers), "tokens": int(starts[-1]), "notes": +notes}
             (unfinished / "counts.json").write_text(json.dumps(counts), "utf-8")
-    arrays = [numpy.load(folder / f"{name}.npy", mmap_mode="r") for name in ("input_ids", "supervised", "starts", "records")]
-    examples = Examples(*arrays, json.loads((folder / "counts.json").read_text("utf-8")))
-    if not len(examples):
-        raise BadInput(f"{data_path} holds nothing to train on: all {examples.counts['records']} records were dropped")
-    return examples
+    counts = json.loads((folder / "counts.json").read_text("utf-8"))
+    if not counts["examples"]:
+        raise BadInput(f"{data_path} holds nothing to train on: all {counts['records']} records were dropped")
+    arrays = [numpy.memmap(folder / name, kind, "r") for name, kind in (("input_ids", "int32"), ("supervised", "bool"), ("starts", "int64"), ("records", "int64"))]
+    return Examples(*arrays, counts)
+
+
+def tokenize_documents(path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, document_separator: str = "line"):
+    """The examples of a file of documents, or of all files of a folder as one: what is tokenized once is kept file by file."""
+    parts = [tokenize_records(file, chat, max_length, skip_bad_records, False, document_separator) for file in document_files(path)]
+    return parts[0] if len(parts) == 1 else JoinedExamples(parts)
 
 
 def _run_job(batch):
     return _job(batch)
 
 
-def _tokenize_batch(chat: Chat, max_length: int, skip_bad_records: bool, data_path: str, batch: list[tuple[int, dict]]):
+def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, batch: list[tuple[int, dict]]):
     """(input_ids, supervised, lengths, record numbers, counts) of a batch of numbered records."""
     input_ids, supervised, lengths, numbers = array("i"), bytearray(), array("q"), array("q")
     counts = Counter({key: 0 for key in ("records", "dropped", "windows", "answers", "answers_cut", "prompts_cut", "answer_tokens")})
@@ -323,7 +360,7 @@ def _tokenize_batch(chat: Chat, max_length: int, skip_bad_records: bool, data_pa
         encoded = [None] * len(batch)  # the template refuses one of them: look which
     for (number, record), pieces in zip(batch, encoded):
         try:
-            examples = list(cut_dialogue(chat, record["messages"], pieces or chat.encode(record["messages"]), max_length, counts))
+            examples = list(cut(chat, record["messages"], pieces or chat.encode(record["messages"]), max_length, counts))
         except BadInput as problem:
             if not skip_bad_records:
                 raise BadInput(f"{data_path}, record {number}: {problem}") from None
@@ -381,6 +418,21 @@ def cut_dialogue(chat: Chat, messages: list[dict], pieces: list, max_length: int
         begin = last
 
 
+def cut_document(chat: Chat, messages: list[dict], pieces: list, max_length: int, counts: Counter):
+    """Yield (ids, trained) of a document for pretraining: itself where it fits, else windows that train each token once.
+
+    The first token of an example is never a label, so a window begins with the last token of the one before.
+    """
+    counts["answers"] += 1
+    counts["answer_tokens"] += sum(len(ids) for ids, trained in pieces if trained)
+    ids = [i for piece, _ in pieces for i in piece]
+    trained = [answer for piece, answer in pieces for _ in piece]
+    for begin in range(0, max(1, len(ids) - 1), max_length - 1):
+        counts["windows"] += begin > 0
+        window = trained[begin : begin + max_length]
+        yield ids[begin : begin + max_length], [answer and (place > 0 or begin == 0) for place, answer in enumerate(window)]
+
+
 def _size(pieces: list) -> int:
     """Tokens up to the end of the last answer: the line break that some templates write behind it may be cut off."""
     return sum(len(ids) for ids, _ in pieces[:-1])
@@ -419,6 +471,18 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return blocks
 
 
+def fill(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Examples by block as `pack`, but in their order: a block ends where the next example does not fit."""
+    blocks, room = [], 0
+    for e, length in enumerate(lengths):
+        if length > room:
+            blocks.append([])
+            room = capacity
+        blocks[-1].append(e)
+        room -= length
+    return blocks
+
+
 def summarize(counts: dict) -> str:
     """The line that a run prints before training, and the lines of what is odd in the data."""
     kept = counts["supervised_tokens"] / max(1, counts["answer_tokens"])
@@ -428,16 +492,15 @@ def summarize(counts: dict) -> str:
     return "\n".join(lines + [f"  {count:,} x {note}" for note, count in sorted(counts["notes"].items())])
 
 
-def hold_out(examples: Examples, eval_size: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(examples: Examples, eval_size: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Examples to train on and to evaluate on; all examples of one record go to one side.
 
     Args:
         eval_size: Records to hold out: a number, or a share below 1.
     """
-    records = sorted(set(examples.records.tolist()))
+    records = numpy.unique(examples.records)
     count = round(eval_size * len(records)) if 0 < eval_size < 1 else int(eval_size)
     if count < 0 or count >= len(records):
         raise BadInput(f"--eval_size={eval_size} leaves nothing to train on: the data has {len(records)} records")
-    held = set(random.Random(seed).sample(records, count))
-    numbers = examples.records.tolist()
-    return [e for e, n in enumerate(numbers) if n not in held], [e for e, n in enumerate(numbers) if n in held]
+    held = numpy.isin(examples.records, records[sorted(random.Random(seed).sample(range(len(records)), count))])
+    return numpy.flatnonzero(~held), numpy.flatnonzero(held)

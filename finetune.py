@@ -118,9 +118,9 @@ def main(
         examples = tokenize_records(data_path, chat, **reading)
         evaluated = tokenize_records(eval_path, chat, **reading) if eval_path else examples
     train_on, evaluate_on = hold_out(examples, eval_size, seed)
-    evaluate_on = list(range(len(evaluated))) if eval_path else evaluate_on
+    evaluate_on = range(len(evaluated)) if eval_path else evaluate_on
     blocks = Blocks(examples, train_on, max_length, packing)
-    eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if evaluate_on else None
+    eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
     facts = {"data": file_hash(data_path), "base": fingerprint(model_name_or_path), "template": chat.template,
              "max_length": max_length, "packing": packing, "eval_size": eval_size, "freeze_layers": freeze_layers, "precision": precision,
              "seed": seed, "per_device_train_batch_size": per_device_train_batch_size,

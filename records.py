@@ -1,6 +1,8 @@
-"""Data formats: what each record of a file becomes, {"messages": [{"role", "content"}, ...]}, and what is refused."""
+"""Data formats: what each record of a file becomes, {"messages": [{"role", "content"}, ...]}, and what is refused.
+
+A document for pretraining becomes messages as well: its context, which is not trained, stands as the user's.
+"""
 import csv
-import io
 import json
 import os
 import re
@@ -32,14 +34,20 @@ def read_records(path: str, *, skip_bad_records: bool = False, unescape_newlines
         yield record
 
 
-def numbered_records(path, skip_bad_records=False, unescape_newlines=False, notes=None):
-    """As read_records, yielding (number of the record in the file, from 0; record)."""
+def numbered_records(path, skip_bad_records=False, unescape_newlines=False, notes=None, document_separator=None):
+    """As read_records, yielding (number of the record in the file, from 0; record).
+
+    Args:
+        document_separator: Read documents for pretraining: line or blank_line is what parts them in a .txt file.
+    """
     notes = Counter() if notes is None else notes
     bad: list[str] = []
     number = -1
-    for number, row in enumerate(read_rows(path, notes)):
+    turns_of = document_turns if document_separator else row_turns
+    rows = read_texts(path, document_separator, notes) if document_separator and path.endswith(".txt") else read_rows(path, notes)
+    for number, row in enumerate(rows):
         try:
-            messages = clean_messages(row_turns(row, notes), unescape_newlines, notes)
+            messages = clean_messages(turns_of(row, notes), unescape_newlines, notes)
             while messages and messages[-1]["role"] != "assistant":
                 notes[f"trailing {messages[-1]['role']} turn (dropped)"] += 1
                 messages.pop()
@@ -70,40 +78,82 @@ def read_rows(path: str, notes: Counter):
         except (pyarrow.ArrowInvalid, OSError) as problem:
             raise BadInput(f"{path} is not whole Parquet: {str(problem).splitlines()[0]}") from None
         return
-    text = read_text(path, notes)
     if path.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
-        yield from csv.DictReader(io.StringIO(text, newline=""))
-    elif text.lstrip()[:1] == "[":
-        try:
-            yield from json.loads(text)
-        except json.JSONDecodeError as problem:
-            raise BadInput(f"{path}, line {problem.lineno}: not whole JSON ({problem.msg}): is the file cut off?") from None
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
+        yield from csv.DictReader(read_lines(path, notes))
+        return
+    lines = enumerate(read_lines(path, notes), 1)
+    begun = False
+    for number, line in lines:
+        if not begun and line.lstrip().startswith("["):
+            try:
+                yield from json.loads("\n" * (number - 1) + line + "".join(rest for _, rest in lines))
+            except json.JSONDecodeError as problem:
+                raise BadInput(f"{path}, line {problem.lineno}: not whole JSON ({problem.msg}): is the file cut off?") from None
+        elif line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise BadInput(f"{path}, line {number}: not JSON ({problem.msg}): a .json or .jsonl file holds "
+                               f"one array, or one object a line") from None
+        begun = begun or bool(line.strip())
+
+
+def read_texts(path: str, document_separator: str, notes: Counter):
+    """Yield the documents of a .txt file as {"text"}: one a line, or with blank lines between them."""
+    held: list[str] = []
+    for line in read_lines(path, notes):
+        if line.strip():
+            held.append(line)
+        if held and (document_separator == "line" or not line.strip()):
+            yield {"text": "".join(held).rstrip("\r\n")}
+            held = []
+    if held:
+        yield {"text": "".join(held).rstrip("\r\n")}
+
+
+def read_lines(path: str, notes: Counter):
+    """Yield a file's lines with their ends, one at a time; it must be UTF-8, and a byte order mark is dropped and noted."""
+    with open(path, "rb") as file:
+        for number, data in enumerate(file, 1):
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError as problem:
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as problem:
-                    raise BadInput(f"{path}, line {number}: not JSON ({problem.msg}): a .json or .jsonl file holds "
-                                   f"one array, or one object a line") from None
+                    data.decode("gb18030")
+                    raise BadInput(f"{path}, line {number}: this is not UTF-8 but looks like GBK: mend it with "
+                                   f"iconv -f GB18030 -t UTF-8 {path} > new_file") from None
+                except UnicodeDecodeError:
+                    raise BadInput(f"{path}, line {number}: its byte {problem.start} is not UTF-8") from None
+            notes["byte order mark (dropped)"] += number == 1 and line.startswith("\ufeff")
+            yield line.removeprefix("\ufeff") if number == 1 else line
 
 
 def read_text(path: str, notes: Counter) -> str:
-    """A file's text, which must be UTF-8; a byte order mark is dropped and noted."""
-    data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        line = data.count(b"\n", 0, problem.start) + 1
-        try:
-            data.decode("gb18030")
-            raise BadInput(f"{path}, line {line}: this is not UTF-8 but looks like GBK: mend it with "
-                           f"iconv -f GB18030 -t UTF-8 {path} > new_file") from None
-        except UnicodeDecodeError:
-            raise BadInput(f"{path}, line {line}: byte {problem.start} is not UTF-8") from None
-    notes["byte order mark (dropped)"] += text.startswith("\ufeff")
-    return text.removeprefix("\ufeff")
+    """A whole file, as read_lines reads it."""
+    return "".join(read_lines(path, notes))
+
+
+def document_files(path: str) -> list[str]:
+    """The file, or all files of a folder that can hold documents, sorted by name; BadInput where there is none."""
+    if not os.path.isdir(path):
+        return [path]
+    files = sorted(str(file) for file in Path(path).rglob("*") if file.suffix in (".txt", ".json", ".jsonl", ".csv", ".parquet") and file.stat().st_size)
+    if not files:
+        raise BadInput(f"{path} holds no .txt, .json, .jsonl, .csv or .parquet file with something in it")
+    return files
+
+
+def document_turns(row: dict, notes: Counter) -> list[tuple]:
+    """The turns of one document: its context, where it has one, as the user's, its text as the answer to train."""
+    if not isinstance(row, dict):
+        raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
+    text = next((name for name in ("text", "completion", "content") if row.get(name) is not None), None)
+    if text is None:
+        raise BadInput(f"no document: it needs 'text', or 'context' and 'completion' (it has {', '.join(map(str, row))})")
+    for key in row.keys() - {text, "context"}:
+        notes[f"unknown column {key!r} (not used)"] += 1
+    return [("user", row.get("context") or ""), ("assistant", row[text])]
 
 
 def row_turns(row: dict, notes: Counter) -> list[tuple]:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from types import MethodType
 if "LOCAL_RANK" not in os.environ:  # Trainer would split each batch over all GPUs (nn.DataParallel): torchrun is for that
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
+import numpy
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from chat import IGNORE_INDEX, Chat, Examples, pack
+from chat import IGNORE_INDEX, Chat, Examples, fill, pack
 from utils import BadInput, RunStopped, check_file
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
@@ -186,27 +188,39 @@ def head_chunk(head, hidden, targets):
 
 # ---- batches ----
 class Blocks(torch.utils.data.Dataset):
-    """Some of the examples, packed into blocks; item b is the list of the examples of block b, item -1 an empty block."""
+    """Some of the examples, packed into blocks; item b is the list of the examples of block b, item -1 an empty block.
 
-    def __init__(self, examples: Examples, chosen: list[int], max_length: int, packing: bool):
-        lengths = examples.lengths[chosen].tolist()
-        self.examples = examples
-        self.blocks = [[chosen[i] for i in block] for block in pack(lengths, max_length)] if packing else [[e] for e in chosen]
-        self.lengths = [int(examples.lengths[block].sum()) for block in self.blocks]
-        self.tokens = sum(lengths)
+    Args:
+        chosen: Numbers of the examples.
+        shuffle: Else blocks, and the examples in them, stay in the order of the data.
+    """
+
+    def __init__(self, examples: Examples, chosen, max_length: int, packing: bool, shuffle: bool = True):
+        chosen = numpy.asarray(chosen)
+        lengths = examples.lengths[chosen]
+        at_once = 2**20 if packing and shuffle else max(1, len(chosen))  # examples that are packed together, to bound the memory of it
+        members, sizes = [], []
+        for begin in range(0, len(chosen), at_once):
+            part = lengths[begin : begin + at_once].tolist()
+            blocks = [[i] for i in range(len(part))] if not packing else pack(part, max_length) if shuffle else fill(part, max_length)
+            members.append(begin + numpy.fromiter(itertools.chain.from_iterable(blocks), "int64", len(part)))
+            sizes += map(len, blocks)
+        members = numpy.concatenate(members)
+        self.examples, self.shuffle, self.members, self.starts = examples, shuffle, chosen[members], numpy.cumsum([0, *sizes])
+        self.lengths = numpy.add.reduceat(lengths[members], self.starts[:-1])  # tokens of each block
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.lengths)
 
     def __getitem__(self, b: int) -> list[dict]:
-        return [self.examples[e] for e in self.blocks[b]] if b >= 0 else []
+        return [self.examples[int(e)] for e in self.members[self.starts[b] : self.starts[b + 1]]] if b >= 0 else []
 
     def describe(self, args) -> str:
         """What one step trains on."""
         together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         share = min(1, together / len(self))
         return (f"global batch = {args.per_device_train_batch_size} blocks x {args.gradient_accumulation_steps} accumulation x {args.world_size} ranks = "
-                f"{together} blocks, about {share * sum(map(len, self.blocks)):.0f} examples and {share * self.tokens:,.0f} tokens; "
+                f"{together} blocks, about {share * len(self.members):.0f} examples and {share * self.lengths.sum():,.0f} tokens; "
                 f"{math.ceil(len(self) / together)} steps an epoch")
 
 
@@ -302,9 +316,9 @@ class SupervisedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         together = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        lengths = self.train_dataset.lengths
-        first = sorted(range(len(lengths)), key=lambda b: -lengths[b])[:together] if self.longest_first else ()
-        self.sampler = BlockSampler(len(lengths), together, args.seed if args.data_seed is None else args.data_seed, tuple(first))
+        lengths, seed = self.train_dataset.lengths, args.seed if args.data_seed is None else args.data_seed
+        first = numpy.argsort(-lengths, kind="stable")[:together].tolist() if self.longest_first else ()
+        self.sampler = BlockSampler(len(lengths), together, seed if self.train_dataset.shuffle else None, tuple(first))
         return self.sampler
 
     def _get_eval_sampler(self, eval_dataset):
