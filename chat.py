@@ -330,7 +330,7 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
                 numbers.extend(batch[3])
             starts = numpy.cumsum(lengths, dtype="int64")
             starts.tofile(unfinished / "starts")
-            numbers.tofile(open(unfinished / "records", "wb"))
+            numpy.array(numbers).tofile(unfinished / "records")
             counts = dict(counts) | {"examples": len(numbers), "tokens": int(starts[-1]), "notes": +notes}
             (unfinished / "counts.json").write_text(json.dumps(counts), "utf-8")
     counts = json.loads((folder / "counts.json").read_text("utf-8"))

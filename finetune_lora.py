@@ -72,13 +72,13 @@ def main(
 
     Args:
         model_name_or_path: Folder or hub name of the base model.
-        data_path: File of training records: JSON, JSONL, CSV or Parquet, see sample/README.md.
+        data_path: Training data: JSON, JSONL, CSV or Parquet (pretrain_clm.py: also .txt, or a folder); see sample/README.md.
         eval_path: File of records to evaluate on.
         eval_size: Records of data_path held out to evaluate on: a number, or a share below 1.
         output_dir: Folder for checkpoints and the result.
         template: Prompt format: auto (the model's own), alpaca, vicuna_chat, yayi, chatml, ziya, llama2_chinese, llama2 or plain.
         last_round_only: Train the last answer of each dialogue alone.
-        max_length: Tokens per example; longer dialogues are cut into windows of whole rounds.
+        max_length: Tokens per example; what is longer is cut into windows, a dialogue into whole rounds.
         packing: Fill blocks of max_length tokens with whole examples; else an example is a block.
         skip_bad_records: Drop bad records and say how many and why, instead of stopping.
         unescape_newlines: Turn a literal backslash and n in the data into a line break.
@@ -117,8 +117,8 @@ def main(
     from transformers import set_seed
 
     from models import DTYPES, add_token_rows, choose_precision, load_model, load_skeleton, load_tokenizer, lora_targets
-    from training import (Blocks, SupervisedTrainer, check_machine, choose_attention, make_arguments, save_result, speed_up_lora,
-                          supervised_forward, train)
+    from training import (Blocks, SupervisedTrainer, check_machine, choose_attention, make_arguments, run_training, save_result,
+                          speed_up_lora, supervised_forward)
 
     precision = choose_precision(precision)
     skeleton = load_skeleton(model_name_or_path, trust_remote_code)  # before the arguments: ZeRO-3 would shard it
@@ -162,7 +162,7 @@ def main(
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # new rows alone, not all of a grown table
     trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, longest_first, early_stopping_patience)
     write_facts(output_dir, facts)
-    report = train(trainer, checkpoint)
+    report = run_training(trainer, checkpoint)
 
     # ---- save ----
     save_result(trainer, chat, {"base": model_name_or_path, "base_fingerprint": facts["base"], "template": chat.template})

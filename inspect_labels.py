@@ -39,10 +39,10 @@ def main(
 
     Args:
         model_name_or_path: Folder or hub name of the base model.
-        data_path: File of training records: JSON, JSONL, CSV or Parquet, see sample/README.md.
+        data_path: Training data: JSON, JSONL, CSV or Parquet (pretrain_clm.py: also .txt, or a folder); see sample/README.md.
         template: Prompt format: auto (the model's own), alpaca, vicuna_chat, yayi, chatml, ziya, llama2_chinese, llama2 or plain.
         last_round_only: Train the last answer of each dialogue alone.
-        max_length: Tokens per example; longer dialogues are cut into windows of whole rounds.
+        max_length: Tokens per example; what is longer is cut into windows, a dialogue into whole rounds.
         skip_bad_records: Drop bad records and say how many and why, instead of stopping.
         unescape_newlines: Turn a literal backslash and n in the data into a line break.
         trust_remote_code: Run Python code that comes with the model.

@@ -127,6 +127,25 @@ def freeze(model, freeze_layers: int) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
+def table_names(model) -> list[str]:
+    """Names of the modules that hold the embedding and, where it has weights of its own, the head: embed_tokens, lm_head."""
+    tables = {id(layer.weight): layer for layer in (model.get_output_embeddings(), model.get_input_embeddings())}.values()  # one if tied
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if module in tables]
+
+
+def freeze_all_but_embeddings(model) -> None:
+    """Train embedding and head alone: the step after new tokens, which leaves what the layers know as it is."""
+    model.requires_grad_(False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.requires_grad_(True)
+
+
+def new_model(config_name: str, vocab_size: int, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool = False):
+    """A model of random weights, of the architecture that a configuration describes."""
+    config = AutoConfig.from_pretrained(config_name, trust_remote_code=trust_remote_code, vocab_size=vocab_size)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+
+
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
     """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
     from peft import PeftModel, get_peft_model_state_dict

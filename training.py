@@ -269,11 +269,17 @@ def collate(blocks: list[list[dict]], padded: bool = False) -> dict:
     return batch | {"tokens": tokens, "supervised": int((batch["labels"] != IGNORE_INDEX).sum())}
 
 
+def count_characters(blocks: Blocks, tokenizer) -> int:
+    """Characters of the text whose tokens are predicted: all but the first token of each example."""
+    labels = ([label for label in example["labels"][1:] if label != IGNORE_INDEX] for b in range(len(blocks)) for example in blocks[b])
+    return sum(len(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for ids in labels)
+
+
 # ---- trainer ----
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or a scheduler's SIGTERM ends the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
 
-    caught = None
+    caught, before = None, {}
 
     def on_train_begin(self, args, state, control, **_):
         def note(number, frame):
@@ -292,7 +298,8 @@ class StopOnSignal(TrainerCallback):
             self.caught = self.caught or signal.SIGINT
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **_):
+    def restore(self) -> None:
+        """Give the signals back, also after a run that failed: later processes would inherit a SIGTERM that ends nothing."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -311,7 +318,7 @@ class SupervisedTrainer(Trainer):
         self.longest_first = longest_first
         self.seen = torch.zeros(2, dtype=torch.float64)  # tokens, supervised tokens
         self.records_in_step, self.loss_of_step = [], 0.0
-        self.seconds_evaluating, self.saving_in = 0.0, None
+        self.seconds_evaluating, self.saving_in, self.eval_characters = 0.0, None, 0
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -360,6 +367,8 @@ class SupervisedTrainer(Trainer):
             torch.distributed.all_reduce(totals)
         loss, correct, count = totals.tolist()
         metrics = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 100)), "eval_token_accuracy": correct / count}
+        if self.eval_characters:  # the one figure that can be compared across vocabularies
+            metrics["eval_bits_per_character"] = loss / math.log(2) / self.eval_characters
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.seconds_evaluating += time.perf_counter() - start
@@ -482,7 +491,7 @@ def check_machine(args: TrainingArguments, skeleton, trained: int, facts: dict, 
                        f"are free: take a file without offload on more GPUs, or train less (LoRA, --freeze_layers)")
 
 
-def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
+def run_training(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
     """Train, evaluate, draw the loss curve; returns what a training script prints as its last line."""
     args = trainer.args
     output_dir = Path(args.output_dir)
@@ -499,23 +508,26 @@ def train(trainer: SupervisedTrainer, checkpoint: str | None) -> dict:
             result = trainer.train(resume_from_checkpoint=checkpoint)
         except RuntimeError as problem:  # torch.OutOfMemoryError is one; the CPU's allocator and gloo raise it bare
             raise explain(problem, trainer) or problem from None
+        finally:
+            trainer.stopper.restore()
         seconds = time.perf_counter() - start - trainer.seconds_evaluating
         if trainer.is_world_process_zero():
             plot_loss(trainer.state.log_history, output_dir / "loss.png")
         if trainer.stopper.caught:
             raise RunStopped(f"stopped at step {trainer.state.global_step}, checkpoint kept in {output_dir}: go on with --resume True", status=130)
-        known = [entry["eval_loss"] for entry in trainer.state.log_history[-3:] if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+        known = [entry for entry in trainer.state.log_history[-3:] if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
         if known and not args.load_best_model_at_end:
-            eval_loss = known[0]
+            metrics = known[0]
         else:
-            eval_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+            metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     seen = trainer.seen.to(args.device)
     if args.world_size > 1:
         torch.distributed.all_reduce(seen)
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens": int(seen[0]), "supervised_tokens": int(seen[1]), "seconds": round(seconds, 2), "tokens_per_second": round(float(seen[0]) / seconds, 1),
-            "train_loss": result.training_loss, "eval_loss": eval_loss, "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+    report = {"tokens": int(seen[0]), "supervised_tokens": int(seen[1]), "seconds": round(seconds, 2), "tokens_per_second": round(float(seen[0]) / seconds, 1),
+              "train_loss": result.training_loss, "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+    return report | {name: value for name, value in metrics.items() if name == "eval_bits_per_character"}
 
 
 def explain(problem: RuntimeError, trainer: SupervisedTrainer) -> RunStopped | None:

@@ -228,6 +228,7 @@ def test_a_loss_of_nan_stops_with_step_and_records(tune, tmp_path, bytelevel_fol
     model.save_pretrained(folder)
     with pytest.raises(RunStopped, match=r"in step \d+ the loss is nan.*the records \[9\]"):
         tune(model_name_or_path=str(folder), template="ziya", packing=False, save_steps=1)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a worker forked later would inherit a handler that ends nothing
     kept = sorted((tmp_path / "out").glob("checkpoint-*"))
     assert all(torch.isfinite(tensor).all() for path in kept for tensor in weights(path).values())
 

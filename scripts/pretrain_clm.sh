@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Pretraining on plain text. Edit the block, or set a line from outside, and add any flag of pretrain_clm.py:
+#   TOT_CUDA=0,1 MODEL_PATH=my/llama bash scripts/pretrain_clm.sh --num_train_epochs 1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# ---- edit me ----
+MODEL_PATH=${MODEL_PATH:-}                        # base model; empty: the small default model
+DATA_PATH=${DATA_PATH:-sample/corpus.txt}         # a file or a folder of documents
+OUTPUT_PATH=${OUTPUT_PATH:-output/pretrain_clm}
+TOT_CUDA=${TOT_CUDA:-}                            # GPUs, as in 0,1; empty: all
+DS_CONFIG=${DS_CONFIG:-}                          # such as ds_configs/zero3.json, to spread a model over GPUs or into RAM
+PORT=${PORT:-$((20000 + RANDOM % 20000))}         # random, so that two runs on one machine seldom meet
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: one PORT for all
+# -----------------
+command -v torchrun > /dev/null || PATH="$PWD/.venv/bin:$PATH"
+[[ -n $TOT_CUDA ]] && export CUDA_VISIBLE_DEVICES=$TOT_CUDA
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l)
+else GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || GPUS=0; fi
+[[ -n $MODEL_PATH ]] || MODEL_PATH=$(python scripts/default_model.py)
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+exec torchrun --nproc_per_node "$((GPUS > 0 ? GPUS : 1))" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+  --master_addr "$MASTER_ADDR" --master_port "$PORT" pretrain_clm.py \
+  --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
+  ${DS_CONFIG:+--deepspeed "$DS_CONFIG"} "$@"  # last, so that the caller's flags win
