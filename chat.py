@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+import time
 import typing
 from array import array
 from collections import Counter
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy
 
+import records
 from records import document_files, numbered_records
 from utils import BadInput, cache_folder, file_hash, whole_folder
 
@@ -233,6 +235,8 @@ class Chat:
         raise BadInput(f"the tokenizer in {self.tokenizer.name_or_path} cannot tokenize {text[:20]!r} apart from what precedes it")
 
     def _text_ids(self, text: str) -> list[int]:
+        if len(self.ids_of) > 20_000:
+            self.ids_of.clear()
         if text not in self.ids_of:
             self.ids_of[text] = self.text_tokenizer.encode(text, add_special_tokens=False).ids if text else []
         return self.ids_of[text]
@@ -283,8 +287,8 @@ class JoinedExamples:
         self.lengths = numpy.concatenate([part.lengths for part in parts])
         before = numpy.cumsum([0] + [int(part.records[-1]) + 1 for part in parts])
         self.records = numpy.concatenate([part.records + first for part, first in zip(parts, before)])
-        self.counts = dict(sum((Counter({key: value for key, value in part.counts.items() if key != "notes"}) for part in parts), Counter()))
-        self.counts = {key: self.counts.get(key, 0) for key in parts[0].counts} | {"notes": dict(sum((Counter(part.counts["notes"]) for part in parts), Counter()))}
+        notes = sum((Counter(part.counts["notes"]) for part in parts), Counter())
+        self.counts = {key: sum(part.counts[key] for part in parts) for key in parts[0].counts if key != "notes"} | {"notes": dict(notes)}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -298,7 +302,7 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
                      unescape_newlines: bool = False, document_separator: str | None = None) -> Examples:
     """The examples of a file in file order, each of at most max_length tokens; from the cache where nothing changed.
 
-    The cache is keyed by content: the bytes of data and tokenizer, the template, the flags above and this file. It is
+    The cache is keyed by content: the bytes of data and tokenizer, the template, the flags above and our code. It is
     written as it is made and read through the page cache, so a corpus may be larger than the memory.
 
     Args:
@@ -310,13 +314,16 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
     if (frame := sum(len(ids) for ids, _ in chat.encode(shortest))) > max_length:
         raise BadInput(f"--max_length={max_length} is below the {frame} tokens of the shortest dialogue in template {chat.template}")
     flags = repr((chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator))
-    parts = file_hash(data_path), file_hash(__file__), chat.tokenizer.backend_tokenizer.to_str(), flags
+    tokenizer = chat.tokenizer.backend_tokenizer.to_str() + repr(chat.tokenizer.special_tokens_map)
+    parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), file_hash(records.__file__), tokenizer, flags
     folder = cache_folder() / "examples" / hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    while int(os.environ.get("LOCAL_RANK", 0)) and not folder.is_dir():  # the first rank of the machine makes it; torchrun ends us if it cannot
+        time.sleep(0.2)
     if not folder.is_dir():
         lengths, numbers, counts, notes = array("q", [0]), array("q"), Counter(), Counter()
         rows = numbered_records(data_path, skip_bad_records, unescape_newlines, notes, document_separator)
-        records = iter(tqdm(rows, f"tokenizing {Path(data_path).name}", unit=" records"))
-        batches = iter(lambda: list(itertools.islice(records, 250)), [])
+        rows = iter(tqdm(rows, f"tokenizing {Path(data_path).name}", unit=" records"))
+        batches = iter(lambda: list(itertools.islice(rows, 250)), [])
         global _job  # what the forked workers inherit, rather than a pickled tokenizer with every batch
         cut = cut_document if document_separator else cut_dialogue
         _job = functools.partial(_tokenize_batch, chat, cut, max_length, skip_bad_records, data_path)
@@ -336,8 +343,8 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
     counts = json.loads((folder / "counts.json").read_text("utf-8"))
     if not counts["examples"]:
         raise BadInput(f"{data_path} holds nothing to train on: all {counts['records']} records were dropped")
-    arrays = [numpy.memmap(folder / name, kind, "r") for name, kind in (("input_ids", "int32"), ("supervised", "bool"), ("starts", "int64"), ("records", "int64"))]
-    return Examples(*arrays, counts)
+    kinds = {"input_ids": "int32", "supervised": "bool", "starts": "int64", "records": "int64"}
+    return Examples(*(numpy.memmap(folder / name, kind, "r") for name, kind in kinds.items()), counts)
 
 
 def tokenize_documents(path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, document_separator: str = "line"):
@@ -353,7 +360,7 @@ def _run_job(batch):
 def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, batch: list[tuple[int, dict]]):
     """(input_ids, supervised, lengths, record numbers, counts) of a batch of numbered records."""
     input_ids, supervised, lengths, numbers = array("i"), bytearray(), array("q"), array("q")
-    counts = Counter({key: 0 for key in ("records", "dropped", "windows", "answers", "answers_cut", "prompts_cut", "answer_tokens")})
+    counts = Counter({key: 0 for key in ("records", "refused", "dropped", "windows", "answers", "answers_cut", "prompts_cut", "answer_tokens")})
     try:
         encoded = chat.encode_batch([record["messages"] for _, record in batch])
     except BadInput:
@@ -365,6 +372,7 @@ def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, da
             if not skip_bad_records:
                 raise BadInput(f"{data_path}, record {number}: {problem}") from None
             print(f"dropped {data_path}, record {number}: {problem}", file=sys.stderr)
+            counts["refused"] += 1
             continue
         counts["records"] += 1
         for ids, trained in examples:
@@ -488,7 +496,8 @@ def summarize(counts: dict) -> str:
     kept = counts["supervised_tokens"] / max(1, counts["answer_tokens"])
     lines = [f"{counts['records']:,} records, {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
              f"{counts['supervised_tokens']:,} supervised ({kept:.1%} of all answer tokens), {counts['answers_cut']:,} answers "
-             f"and {counts['prompts_cut']:,} prompts cut, {counts['dropped']:,} records dropped"]
+             f"and {counts['prompts_cut']:,} prompts cut, {counts['dropped']:,} examples with nothing to train and "
+             f"{counts['refused'] + counts['notes'].get('bad record (dropped)', 0):,} bad records dropped"]
     return "\n".join(lines + [f"  {count:,} x {note}" for note, count in sorted(counts["notes"].items())])
 
 
@@ -500,6 +509,8 @@ def hold_out(examples: Examples, eval_size: float, seed: int) -> tuple[numpy.nda
     """
     records = numpy.unique(examples.records)
     count = round(eval_size * len(records)) if 0 < eval_size < 1 else int(eval_size)
+    if eval_size and not count:
+        raise BadInput(f"--eval_size={eval_size} holds out no record of {len(records)}: give a larger share, or a number")
     if count < 0 or count >= len(records):
         raise BadInput(f"--eval_size={eval_size} leaves nothing to train on: the data has {len(records)} records")
     held = numpy.isin(examples.records, records[sorted(random.Random(seed).sample(range(len(records)), count))])

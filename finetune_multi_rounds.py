@@ -21,12 +21,11 @@ master, gradient and two moments of AdamW; ds_configs/README.md has the arithmet
 """
 import json
 import sys
-from pprint import pprint
 from types import MethodType
 from typing import Literal
 
 from chat import Chat, hold_out, summarize, tokenize_records
-from utils import check_file, check_model, check_output_dir, cli, file_hash, fingerprint, resume_point, write_facts
+from utils import check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, resume_point, run_facts, show, write_facts
 
 
 def main(
@@ -92,11 +91,13 @@ def main(
         resume: Go on from the last checkpoint in output_dir.
         training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
     """
-    pprint(locals(), stream=sys.stderr)
+    flags = dict(locals())
+    show(flags)
     check_model(model_name_or_path, allow_pickle)
     check_file("data_path", data_path)
     check_file("eval_path", eval_path)
     check_output_dir(output_dir, resume)
+    check_positive(max_length=max_length, per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 
     # ---- load ----
     # these imports take seconds: they wait until the flags are understood
@@ -107,27 +108,24 @@ def main(
 
     precision = choose_precision(precision)
     skeleton = load_skeleton(model_name_or_path, trust_remote_code)  # before the arguments: ZeRO-3 would shard it
-    args = make_arguments(output_dir, precision, bool(eval_path or eval_size), early_stopping_patience, training_arguments,
+    args = make_arguments(output_dir, precision, eval_path, eval_size, early_stopping_patience, training_arguments,
                           per_device_train_batch_size=per_device_train_batch_size, learning_rate=learning_rate,
                           gradient_accumulation_steps=gradient_accumulation_steps, num_train_epochs=num_train_epochs,
                           lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, seed=seed,
                           gradient_checkpointing=gradient_checkpointing)
-    trained = freeze(skeleton, freeze_layers)
     chat = Chat(load_tokenizer(model_name_or_path, trust_remote_code), template, last_round_only)
+    trained = freeze(skeleton, freeze_layers, chat.new_tokens)
 
     # ---- prepare ----
     reading = dict(max_length=max_length, skip_bad_records=skip_bad_records, unescape_newlines=unescape_newlines)
-    with args.main_process_first():  # the other ranks read its cache
-        examples = tokenize_records(data_path, chat, **reading)
-        evaluated = tokenize_records(eval_path, chat, **reading) if eval_path else examples
+    examples = tokenize_records(data_path, chat, **reading)
+    evaluated = tokenize_records(eval_path, chat, **reading) if eval_path else examples
     train_on, evaluate_on = hold_out(examples, eval_size, seed)
     evaluate_on = range(len(evaluated)) if eval_path else evaluate_on
     blocks = Blocks(examples, train_on, max_length, packing)
     eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
-    facts = {"data": file_hash(data_path), "base": fingerprint(model_name_or_path), "template": chat.template,
-             "max_length": max_length, "packing": packing, "eval_size": eval_size, "freeze_layers": freeze_layers, "precision": precision,
-             "seed": seed, "per_device_train_batch_size": per_device_train_batch_size,
-             "gradient_accumulation_steps": gradient_accumulation_steps, "longest_first": longest_first, "world_size": args.world_size}
+    facts = run_facts(flags, data=file_hash(data_path), eval_data=eval_path and file_hash(eval_path),
+                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
     check_machine(args, skeleton, trained, facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
     if args.process_index == 0:
@@ -140,14 +138,15 @@ def main(
     model = load_model(model_name_or_path, DTYPES[precision if args.deepspeed else "fp32"], attn_implementation=attention, allow_pickle=allow_pickle,
                        trust_remote_code=trust_remote_code, device_map=None if args.deepspeed else {"": args.device})
     add_token_rows(model, chat.tokenizer, chat.new_tokens)
-    freeze(model, freeze_layers)
+    freeze(model, freeze_layers, chat.new_tokens)
     model.forward = MethodType(supervised_forward, model)
-    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, longest_first, early_stopping_patience)
+    about = {"base": model_name_or_path, "base_fingerprint": fingerprint(model_name_or_path), "template": chat.template}
+    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, chat, about, longest_first, early_stopping_patience)
     write_facts(output_dir, facts)
     report = run_training(trainer, checkpoint)
 
     # ---- save ----
-    save_result(trainer, chat, {"base": model_name_or_path, "base_fingerprint": facts["base"], "template": chat.template})
+    save_result(trainer)
     if args.process_index == 0:
         print(json.dumps(report, ensure_ascii=False))
 

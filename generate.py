@@ -178,6 +178,8 @@ def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[di
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     system, rounds = messages[: messages[0]["role"] == "system"], messages[messages[0]["role"] == "system":]
     starts = [i for i, message in enumerate(rounds) if message["role"] == "user"]
+    if not starts:
+        raise BadInput("the conversation asks nothing: it has no user's turn")
     for dropped, start in enumerate(starts):
         kept = system + rounds[start:]
         length = sum(len(ids) for ids, _ in chat.encode(kept, add_generation_prompt=True))

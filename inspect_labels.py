@@ -9,6 +9,7 @@ Writes  one record with its trained part marked, and an audit of the file, to th
 
 Most failed runs are visible here: prompts that are trained, answers without a stop token, half of the data cut off.
 """
+import contextlib
 import html as html_module
 import json
 import sys
@@ -96,14 +97,15 @@ def audit(examples, chat: Chat, records, max_length: int) -> str:
     found, lengths, seen = Counter(), examples.lengths, Counter()
     for example in examples:
         ids, labels = example["input_ids"], example["labels"]
-        seen[str(ids)] += 1
+        seen[hash(tuple(ids))] += 1
         found["examples with a doubled BOS"] += bos is not None and any(a == b == bos for a, b in zip(ids, ids[1:]))
         ends = [i for i, label in enumerate(labels) if label != IGNORE_INDEX and (i + 1 == len(labels) or labels[i + 1] == IGNORE_INDEX)]
         found["answers without a stop token (cut, or the template writes none)"] += sum(labels[i] not in chat.stop_ids for i in ends)
     found["examples that stand more than once"] = sum(count for count in seen.values() if count > 1)
     chat.crossed = 0
     for record in records:
-        chat.encode(record["messages"])
+        with contextlib.suppress(BadInput):  # one that the template refuses was dropped, or the run had ended before
+            chat.encode(record["messages"])
     found["places where a merge would cross from prompt to answer (tokenized apart, as in generation)"] = chat.crossed
     counts = examples.counts
     lines = [summarize(counts),

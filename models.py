@@ -116,8 +116,11 @@ def gathered(parameters: list):
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def freeze(model, freeze_layers: int) -> int:
+def freeze(model, freeze_layers: int, new_tokens: list[str]) -> int:
     """Leave the embeddings and the lowest layers as they are; returns the number of weights that are trained."""
+    if freeze_layers and new_tokens:
+        raise BadInput(f"--freeze_layers={freeze_layers} would leave the template's new tokens ({', '.join(new_tokens)}) all alike: choose a --template "
+                       f"without new tokens, or freeze nothing")
     if freeze_layers:
         layers = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
         if not 0 < freeze_layers < len(layers):

@@ -23,13 +23,13 @@ GPU memory in GB for one block of 2,048 tokens of a 7B model with 55,296 pieces,
 import json
 import os
 import sys
-from pprint import pprint
 from types import MethodType
 from typing import Literal
 
 from chat import Chat, hold_out, summarize, tokenize_documents
 from records import document_files
-from utils import BadInput, check_file, check_model, check_output_dir, cli, file_hash, fingerprint, resume_point, write_facts
+from utils import (BadInput, check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, resume_point, run_facts,
+                   show, write_facts)
 
 
 def main(
@@ -110,12 +110,15 @@ def main(
         resume: Go on from the last checkpoint in output_dir.
         training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
     """
-    pprint(locals(), stream=sys.stderr)
+    flags = dict(locals())
+    show(flags)
     check_model(model_name_or_path, allow_pickle)
     for flag, path in (("data_path", data_path), ("eval_path", eval_path)):
         if not os.path.isdir(path or ""):
             check_file(flag, path)
     check_output_dir(output_dir, resume)
+    check_positive(max_length=max_length, per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
+                   lora_r=lora_r)
     if bits < 16 and train != "lora":
         raise BadInput(f"--bits={bits} needs --train lora: quantized weights cannot be trained themselves")
     if config_name and train != "full":
@@ -132,7 +135,7 @@ def main(
 
     precision = choose_precision(precision)
     skeleton = load_skeleton(config_name or model_name_or_path, trust_remote_code)  # before the arguments: ZeRO-3 would shard it
-    args = make_arguments(output_dir, precision, bool(eval_path or eval_size), early_stopping_patience, training_arguments,
+    args = make_arguments(output_dir, precision, eval_path, eval_size, early_stopping_patience, training_arguments,
                           per_device_train_batch_size=per_device_train_batch_size, learning_rate=learning_rate,
                           gradient_accumulation_steps=gradient_accumulation_steps, num_train_epochs=num_train_epochs,
                           lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, seed=seed,
@@ -144,20 +147,19 @@ def main(
                        f"belong together, or the model was not resized (extend_vocab.py does both)")
     chat_template = tokenizer.chat_template
     chat = Chat(tokenizer, "plain")
+    tokenizer.chat_template = chat_template  # the base's own is saved with the model: it is no worse a chat model for having read
 
     # ---- prepare ----
     reading = dict(max_length=max_length, skip_bad_records=skip_bad_records, document_separator=document_separator)
-    with args.main_process_first():  # the other ranks read its cache
-        examples = tokenize_documents(data_path, chat, **reading)
-        evaluated = tokenize_documents(eval_path, chat, **reading) if eval_path else examples
+    examples = tokenize_documents(data_path, chat, **reading)
+    evaluated = tokenize_documents(eval_path, chat, **reading) if eval_path else examples
     train_on, evaluate_on = hold_out(examples, eval_size, seed)
     evaluate_on = range(len(evaluated)) if eval_path else evaluate_on
     blocks = Blocks(examples, train_on, max_length, packing, shuffle)
     eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
-    facts = {"data": [file_hash(file) for file in document_files(data_path)], "base": fingerprint(model_name_or_path), "train": train, "bits": bits,
-             "max_length": max_length, "packing": packing, "shuffle": shuffle, "eval_size": eval_size, "lora_r": lora_r, "precision": precision,
-             "seed": seed, "per_device_train_batch_size": per_device_train_batch_size,
-             "gradient_accumulation_steps": gradient_accumulation_steps, "longest_first": longest_first, "world_size": args.world_size}
+    data, eval_data = ([file_hash(file) for file in document_files(path)] if path else None for path in (data_path, eval_path))
+    facts = run_facts(flags, data=data, eval_data=eval_data,
+                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
     trained = sum(p.numel() for p in skeleton.parameters()) if train == "full" else 2 * skeleton.get_input_embeddings().weight.numel()
     check_machine(args, skeleton, trained, facts, bits, new_rows=train == "lora")
     checkpoint = resume_point(output_dir, facts) if resume else None
@@ -183,14 +185,14 @@ def main(
     for parameter in model.parameters():
         if parameter.requires_grad and not args.deepspeed:  # in 16 bit a small update is lost; DeepSpeed keeps its own fp32 copy
             parameter.data = parameter.data.float()
-    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, longest_first, early_stopping_patience)
+    about = {"base": model_name_or_path, "base_fingerprint": fingerprint(model_name_or_path), "template": chat.template}
+    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, chat, about, longest_first, early_stopping_patience)
     trainer.eval_characters = count_characters(eval_blocks, tokenizer) if eval_blocks else 0
     write_facts(output_dir, facts)
     report = run_training(trainer, checkpoint)
 
     # ---- save ----
-    tokenizer.chat_template = chat_template  # that of a base that has one: it is no worse a chat model for having read
-    save_result(trainer, chat, {"base": model_name_or_path, "base_fingerprint": facts["base"], "template": chat.template})
+    save_result(trainer)
     if args.process_index == 0:
         print(json.dumps(report, ensure_ascii=False))
 

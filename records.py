@@ -59,6 +59,7 @@ def numbered_records(path, skip_bad_records=False, unescape_newlines=False, note
             if not skip_bad_records:
                 raise BadInput(f"{problem}. See sample/README.md, or drop bad records with --skip_bad_records True") from None
             bad.append(problem)
+            notes["bad record (dropped)"] += 1
     if number < 0:
         raise BadInput(f"{path} is empty: it should hold records, see sample/README.md")
     if bad:
@@ -80,7 +81,10 @@ def read_rows(path: str, notes: Counter):
         return
     if path.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
-        yield from csv.DictReader(read_lines(path, notes))
+        try:
+            yield from csv.DictReader(read_lines(path, notes), strict=True)
+        except csv.Error as problem:
+            raise BadInput(f"{path} is not whole CSV ({problem}): is it cut off, or a quotation mark not doubled?") from None
         return
     lines = enumerate(read_lines(path, notes), 1)
     begun = False

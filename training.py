@@ -45,6 +45,9 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     One call of torch's fused kernel per document needs no mask. The dense block mask that transformers would build for
     the row costs T x T and the work of all pairs of documents.
     """
+    if key.shape[1] < query.shape[1] and query.is_cuda and (query.dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8):
+        # GPUs before Ampere have no fused kernel for grouped heads: torch would fall back to one that holds all T x T scores
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     rows = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
     outputs = [F.scaled_dot_product_attention(*row, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True) for row in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
@@ -56,14 +59,18 @@ AttentionInterface.register("documents", document_attention)
 def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
     """How packed documents are kept apart: by flash_attention_2's variable-length kernel or by document_attention.
 
-    None, for padded rows and the model's own attention, if it is of an architecture that takes no other (BLOOM) or has a
-    sliding window shorter than max_length.
+    None, for padded rows and the model's own attention, if it is of an architecture that takes no other (BLOOM), has a
+    sliding window shorter than max_length or layers of another kind.
     """
     from transformers.utils import is_flash_attn_2_available
 
     config = skeleton.config
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise BadInput(f"models of the kind {config.model_type} change their logits ({name}), which the loss here would leave out")
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "attn_logit_softcapping", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if not skeleton._supports_attention_backend or (window or max_length) < max_length:
+    if not skeleton._supports_attention_backend or (window or max_length) < max_length or (others and not window):
         return None
     if precision in ("bf16", "fp16") and is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8:
         return "flash_attention_2"
@@ -124,7 +131,7 @@ class HeadLoss(torch.autograd.Function):
         """hidden (N, D), targets (N,), head (n, D) -> (n, V), the head's trainable parameters -> scalar, fp32."""
         ctx.gradients = [torch.zeros_like(tensor) for tensor in (hidden, *parameters)]
         total = torch.zeros((), device=hidden.device)
-        for begin, end in chunks(head, len(targets)):
+        for begin, end in chunks(head, len(targets), hidden.device):
             with torch.enable_grad():
                 chunk = hidden[begin:end].detach().requires_grad_()
                 logits = head(chunk)  # (n, V)
@@ -143,11 +150,11 @@ class HeadLoss(torch.autograd.Function):
         return scaled[0], None, None, *scaled[1:]
 
 
-def chunks(head, positions: int) -> list[tuple[int, int]]:
+def chunks(head, positions: int, device) -> list[tuple[int, int]]:
     """Spans of positions whose logits together stay below LOGITS_AT_ONCE; under ZeRO-3 as many of them on every rank."""
     weight = next(head.parameters())
     size = max(1, LOGITS_AT_ONCE // getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves shape empty
-    count = torch.tensor(math.ceil(positions / size), device=weight.device)
+    count = torch.tensor(math.ceil(positions / size), device=device)
     if hasattr(weight, "ds_id"):  # each use of a sharded head gathers it, and all ranks must take part in that, in an empty block too
         count.clamp_(min=1)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
@@ -173,8 +180,8 @@ def supervised_forward(self, input_ids, labels, num_items_in_batch=None, positio
         loss = HeadLoss.apply(hidden, targets, head, *parameters)
     else:
         # Evaluation; and ZeRO-3, which gathers a sharded head by hooks of autograd's own graph
-        loss, correct = hidden.sum() * 0.0, 0
-        for begin, end in chunks(head, len(targets)):
+        loss, correct = hidden.sum(dtype=torch.float32) * 0.0, 0  # in fp16 the sum may be infinite, and 0 times that is no number
+        for begin, end in chunks(head, len(targets), hidden.device):
             of_chunk, right = checkpoint(head_chunk, head, hidden[begin:end], targets[begin:end], use_reentrant=False)
             loss, correct = loss + of_chunk, correct + right
     return {"loss": loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch), "correct": correct}
@@ -307,9 +314,11 @@ class StopOnSignal(TrainerCallback):
 class SupervisedTrainer(Trainer):
     """transformers.Trainer on Blocks: counts tokens, stops at a NaN, evaluates by token, and saves whole checkpoints."""
 
-    def __init__(self, model, args, train: Blocks, eval: Blocks | None, padded: bool, longest_first: bool = False, early_stopping_patience: int = 0):
+    def __init__(self, model, args, train: Blocks, evaluation: Blocks | None, padded: bool, chat: Chat, about: dict,
+                 longest_first: bool = False, early_stopping_patience: int = 0):
         args.remove_unused_columns, args.logging_nan_inf_filter = False, False
-        super().__init__(model, args, data_collator=lambda blocks: collate(blocks, padded), train_dataset=train, eval_dataset=eval)
+        super().__init__(model, args, data_collator=lambda blocks: collate(blocks, padded), train_dataset=train, eval_dataset=evaluation)
+        self.chat, self.about = chat, about
         self.model_accepts_loss_kwargs = True  # supervised_forward divides by the supervised tokens of the global batch
         self.stopper = StopOnSignal()
         self.add_callback(self.stopper)
@@ -317,7 +326,7 @@ class SupervisedTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(early_stopping_patience))
         self.longest_first = longest_first
         self.seen = torch.zeros(2, dtype=torch.float64)  # tokens, supervised tokens
-        self.records_in_step, self.loss_of_step = [], 0.0
+        self.records_in_step = []  # of each micro-batch, with its loss
         self.seconds_evaluating, self.saving_in, self.eval_characters = 0.0, None, 0
 
     def _get_train_sampler(self, train_dataset=None):
@@ -335,22 +344,36 @@ class SupervisedTrainer(Trainer):
         self.sampler.epoch = epoch
         return super()._run_epoch(epoch=epoch, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if 0 < self.args.warmup_steps < 1 and self.args.warmup_steps * num_training_steps < 1:
+            self.args.warmup_steps = 0  # else the first of a few steps would have the learning rate 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.records_in_step += inputs.pop("records")
+        records = inputs.pop("records")
         self.seen += torch.tensor([inputs.pop("tokens"), inputs.pop("supervised")])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.loss_of_step += loss
+        self.records_in_step.append((records, loss))
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called once a step, before the weights change: the place to stop at a NaN. fp16 skips steps that overflow."""
+        """Called once a step: the place to stop at a NaN. fp16 skips steps whose gradient overflows, so its norm is not looked at."""
         norm = super()._get_grad_norm(model, grad_norm)
         of_gradient = 0.0 if norm is None or self.args.fp16 else float(norm)
-        if not math.isfinite(float(self.loss_of_step) + of_gradient):
-            raise RunStopped(f"in step {self.state.global_step + 1} the loss is {float(self.loss_of_step):.4g}, the norm of its gradient {of_gradient:.4g}; "
-                             f"the step holds the records {sorted(set(self.records_in_step))}: look at them with inspect_labels.py, or lower the "
-                             f"learning rate. The checkpoints in {self.args.output_dir} are from before")
-        self.records_in_step, self.loss_of_step = [], 0.0
+        total = torch.stack([loss for _, loss in self.records_in_step]).sum().to(self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        if not math.isfinite(float(total) + of_gradient):
+            ill = [records for records, loss in self.records_in_step if not math.isfinite(float(loss))]
+            if self.args.world_size > 1:
+                everyone = [None] * self.args.world_size
+                torch.distributed.all_gather_object(everyone, ill)
+                ill = sum(everyone, [])
+            records = sorted({record for batch in ill or [batch for batch, _ in self.records_in_step] for record in batch if record >= 0})
+            raise RunStopped(f"in step {self.state.global_step + 1} the loss is {float(total):.4g}, the norm of its gradient {of_gradient:.4g}; the step "
+                             f"holds the records {records}: look at them with inspect_labels.py, lower the learning rate, or, in fp16 with a model that "
+                             f"was made in bf16, take --precision fp32. The checkpoints in {self.args.output_dir} are from before")
+        self.records_in_step = []
         return norm
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -383,6 +406,9 @@ class SupervisedTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
 
         def publish():
+            if not (saving_in / name).is_dir():
+                return  # another machine that shares the folder has done it
+            write_chat(saving_in / name, self)
             self.state.save_to_json(str(saving_in / name / "trainer_state.json"))
             if not (output_dir / name).exists():
                 (saving_in / name).rename(output_dir / name)
@@ -398,21 +424,28 @@ class SupervisedTrainer(Trainer):
         self.on_each_machine(lambda: shutil.rmtree(saving_in, ignore_errors=True))
 
     def on_each_machine(self, act) -> None:
-        """Run `act` on the first rank of each machine while the others wait; machines may share the folder."""
+        """Run `act` on the first rank of each machine, the first machine before the others: they may share the folder."""
         self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0:
-            with contextlib.suppress(FileNotFoundError):
+        for turn in (self.args.process_index == 0, self.args.process_index and self.args.local_process_index == 0):
+            if turn:
                 act()
-        self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
 
 
 # ---- a run ----
-def make_arguments(output_dir: str, precision: str, evaluates: bool, early_stopping_patience: int, given: dict, **chosen) -> TrainingArguments:
+def make_arguments(output_dir: str, precision: str, eval_path: str | None, eval_size: float, early_stopping_patience: int, given: dict,
+                   **chosen) -> TrainingArguments:
     """TrainingArguments out of our flags, our defaults, and what the user gave of the other fields."""
     ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
-            "label_smoothing_factor": None, "use_liger_kernel": None, "torch_compile": None, "remove_unused_columns": None, "do_train": None}
+            "auto_find_batch_size": None, "train_sampling_strategy": None, "label_smoothing_factor": None,
+            "use_liger_kernel": None, "torch_compile": None, "remove_unused_columns": None, "do_train": None}
     for name in given.keys() & ours:
         raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss and the batches are our own"))
+    if eval_path and eval_size:
+        raise BadInput("--eval_path and --eval_size are two ways to say what to evaluate on: give one")
+    evaluates = bool(eval_path or eval_size)
+    if given.get("eval_strategy", "no") != "no" and not evaluates:
+        raise BadInput(f"--eval_strategy={given['eval_strategy']} needs something to evaluate on: add --eval_path or --eval_size")
     for tracker in str(given.get("report_to") or "none").split(","):
         if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
             raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
@@ -426,8 +459,9 @@ def make_arguments(output_dir: str, precision: str, evaluates: bool, early_stopp
         defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
     if "deepspeed" in given:
         check_deepspeed(given["deepspeed"])
-    if "report_to" in given:
-        given = given | {"report_to": given["report_to"].split(",")}
+        if "LOCAL_RANK" not in os.environ:
+            raise BadInput("--deepspeed needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
+    given = given | {"report_to": str(given.get("report_to") or "none").split(",")}
     checkpointing = chosen.pop("gradient_checkpointing")
     if not torch.cuda.is_available():
         defaults["use_cpu"] = True
@@ -567,8 +601,23 @@ def plot_loss(history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def save_result(trainer: SupervisedTrainer, chat: Chat, about: dict) -> None:
-    """Write the model or adapter with tokenizer, chat template and stop tokens into output_dir, read back before it counts."""
+def write_chat(folder: Path, trainer: SupervisedTrainer) -> None:
+    """What a saved model needs to be talked to: tokenizer, chat template, stop tokens, and which base an adapter is for."""
+    chat = trainer.chat
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    chat.tokenizer.save_pretrained(folder)
+    generation = copy.deepcopy(trainer.model.generation_config)
+    generation.eos_token_id = chat.stop_ids
+    if generation.pad_token_id is None:
+        generation.pad_token_id = chat.tokenizer.eos_token_id
+    # Older chat models give a temperature without do_sample, which transformers refuses to save
+    generation.do_sample = bool(generation.do_sample or generation.temperature or generation.top_p or generation.top_k)
+    generation.save_pretrained(folder)
+    (folder / "yangtuo.json").write_text(json.dumps(trainer.about, indent=2, ensure_ascii=False), "utf-8")
+
+
+def save_result(trainer: SupervisedTrainer) -> None:
+    """Write the model or adapter with its tokenizer into output_dir, read back before it counts."""
     from peft import PeftModel
 
     output_dir, saving_in = Path(trainer.args.output_dir), Path(trainer.args.output_dir, ".saving")
@@ -577,33 +626,29 @@ def save_result(trainer: SupervisedTrainer, chat: Chat, about: dict) -> None:
         # fp32 masters have done their work: what was computed with in each step were their 16-bit roundings
         trainer.model.to(torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else torch.float32)
     trainer.save_model(str(saving_in))  # under ZeRO-3 this gathers the shards, so every rank takes part
-
-    def finish():
-        (saving_in / "training_args.bin").unlink()  # a pickle
-        chat.tokenizer.save_pretrained(saving_in)
-        generation = copy.deepcopy(trainer.model.generation_config)
-        generation.eos_token_id, generation.pad_token_id = chat.stop_ids, generation.pad_token_id or chat.tokenizer.eos_token_id
-        generation.save_pretrained(saving_in)
-        (saving_in / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+    if trainer.is_world_process_zero():
+        write_chat(saving_in, trainer)
         check_saved(saving_in, trainer.model)
         for file in sorted(saving_in.iterdir(), key=lambda file: not file.name.endswith(".safetensors")):
             file.replace(output_dir / file.name)
         saving_in.rmdir()
-
-    if trainer.is_world_process_zero():
-        finish()
     trainer.accelerator.wait_for_everyone()
 
 
 def check_saved(folder: Path, model) -> None:
     """RunStopped if what was written lacks a tensor, or is an adapter that does nothing (tloen/alpaca-lora#446)."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    adapter = isinstance(model, PeftModel)
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False)) if adapter else {name for name, _ in model.named_parameters()}
-    if missing := wanted - tensors.keys():
+    files = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
+    if not isinstance(model, PeftModel):  # by size, not by name: transformers stores experts under other names than it runs them
+        saved = sum(math.prod(file.get_slice(name).get_shape()) for file in files for name in file.keys())
+        wanted = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        if saved < wanted:
+            raise RunStopped(f"{folder} holds {saved:,} weights after saving, the model has {wanted:,}")
+        return
+    tensors = {name: file.get_tensor(name) for file in files for name in file.keys()}
+    if missing := set(get_peft_model_state_dict(model, save_embedding_layers=False)) - tensors.keys():
         raise RunStopped(f"{folder} lacks {len(missing)} tensors after saving, {min(missing)} for one")
-    if adapter and not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
         raise RunStopped(f"the adapter in {folder} changes nothing, all its B matrices are zero: was the learning rate zero, or no step made?")

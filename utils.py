@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
+import pprint
 import re
 import shutil
 import sys
@@ -43,6 +44,8 @@ def cli(main) -> None:
     by main's annotations. Exit status: 2 for bad input, 130 after Ctrl-C.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 2 to 5 times on a shared machine
+    if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: Trainer would split each batch over all (nn.DataParallel)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if {"-h", "--help"} & set(sys.argv[1:]):
         os.environ.setdefault("PAGER", "cat")
         with contextlib.redirect_stderr(sys.stdout):  # so that --help | less shows it
@@ -198,7 +201,8 @@ def check_output_dir(output_dir: str, resume: bool) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--output_dir={output_dir} is a file")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    begun = {"run.json", ".saving", "runs"}  # of a run that never came to its first checkpoint
+    if not resume and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
         raise BadInput(f"--output_dir={output_dir} holds another run: go on with it by --resume True, or give a new folder")
 
 
@@ -208,13 +212,35 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
     Args:
         facts: What a run that goes on must have in common with the one that began: data, template, length, ...
     """
+    whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    checkpoints = {int(folder.name[11:]): str(folder) for folder in whole if folder.name[11:].isdigit()}
     begun = Path(output_dir) / "run.json"
-    if begun.is_file():
+    if checkpoints and begun.is_file():
         for name, before in json.loads(begun.read_text("utf-8")).items():
             if name in facts and facts[name] != before:
                 raise BadInput(f"--resume: {output_dir} was begun with {name} = {before}, now it is {facts[name]}: give the same, or a new --output_dir")
-    checkpoints = [folder for folder in Path(output_dir).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    return str(max(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]))) if checkpoints else None
+    return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+def run_facts(flags: dict, **found) -> dict:
+    """What a run must have in common with the one it goes on from: the flags, less those that may change, and what was found."""
+    may_change = {"output_dir", "resume", "num_train_epochs", "early_stopping_patience", "training_arguments", "trust_remote_code", "allow_pickle",
+                  "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
+    return {name: value for name, value in flags.items() if name not in may_change} | {"blocks_per_rank_and_step": blocks} | found
+
+
+def check_positive(**flags: float) -> None:
+    """BadInput if one of the flags is not above zero."""
+    for name, value in flags.items():
+        if value <= 0:
+            raise BadInput(f"--{name}={value} must be above zero")
+
+
+def show(flags: dict) -> None:
+    """Print what a run is started with, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        pprint.pprint(flags, stream=sys.stderr)
 
 
 def write_facts(output_dir: str, facts: dict) -> None:

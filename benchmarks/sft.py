@@ -134,8 +134,8 @@ def ours(chat, records, max_length, lora) -> dict:
         if lora:
             model = get_peft_model(model, lora_config())
             speed_up_lora(model)
-        args = make_arguments(folder, "fp32", False, 0, {}, gradient_checkpointing=False, **LOOP)
-        trainer = Counting(model, args, Blocks(examples, list(range(len(examples))), max_length, packing=True), None, padded=False)
+        args = make_arguments(folder, "fp32", None, 0, 0, {}, gradient_checkpointing=False, **LOOP)
+        trainer = Counting(model, args, Blocks(examples, list(range(len(examples))), max_length, packing=True), None, False, chat, {})
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

@@ -9,12 +9,13 @@ DATA_PATH=${DATA_PATH:-sample/instruction.json}   # your records, see sample/REA
 OUTPUT_PATH=${OUTPUT_PATH:-output/finetune}
 TOT_CUDA=${TOT_CUDA:-}                            # GPUs, as in 0,1; empty: all
 DS_CONFIG=${DS_CONFIG:-}                          # such as ds_configs/zero3.json, to spread a model over GPUs or into RAM
-PORT=${PORT:-$((20000 + RANDOM % 20000))}         # random, so that two runs on one machine seldom meet
-NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: one PORT for all
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: OUTPUT_PATH on a disk they share
+[[ $NNODES == 1 ]] && PORT=${PORT:-$((20000 + RANDOM % 20000))}  # random, so that two runs on one machine seldom meet
+PORT=${PORT:-29500}
 # -----------------
-command -v torchrun > /dev/null || PATH="$PWD/.venv/bin:$PATH"
+command -v python > /dev/null && python -c 'import fire' 2> /dev/null || PATH="$PWD/.venv/bin:$PATH"
 [[ -n $TOT_CUDA ]] && export CUDA_VISIBLE_DEVICES=$TOT_CUDA
-if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l)
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]') || GPUS=0  # "" and -1: none
 else GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || GPUS=0; fi
 [[ -n $MODEL_PATH ]] || MODEL_PATH=$(python scripts/default_model.py)
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -254,6 +254,8 @@ def test_tokenized_data_is_reused_only_when_nothing_changed(tmp_path, bytelevel_
     assert [[example["input_ids"] for example in run()] for run in runs] == first and len(made) == 5
     write(tmp_path, *[{"instruction": f"问{n}", "output": "改\\n案"} for n in range(600)])
     assert runs[0]()[0]["input_ids"] != first[0][0] and len(made) == 6
+    other = AutoTokenizer.from_pretrained(bytelevel_folder, eos_token="!")  # stands in tokenizer_config.json alone
+    assert tokenize_records(path, Chat(other, "alpaca"), 128)[0]["input_ids"] != tokenize_records(path, new("alpaca"), 128)[0]["input_ids"]
 
 
 def test_packing_is_whole_and_tight():

@@ -46,7 +46,9 @@ def test_frozen_layers_keep_their_weights(tune, model_folder):
     same_as_before = {name for name in before if torch.equal(before[name], after[name])}
     assert same_as_before == {name for name in before if "embed_tokens" in name or ".layers.0." in name}
     with pytest.raises(BadInput, match="has 2 layers, leave one"):
-        tune(freeze_layers=2, output_dir=str(Path(model_folder).parent / "none"))
+        tune(freeze_layers=2, template="ziya", output_dir=str(Path(model_folder).parent / "none"))
+    with pytest.raises(BadInput, match="leave the template's new tokens .* all alike"):
+        tune(freeze_layers=1, template="chatml", output_dir=str(Path(model_folder).parent / "none"))
 
 
 def test_every_answer_of_a_long_dialogue_is_trained_once(tune, tmp_path):

@@ -84,7 +84,7 @@ def test_eight_blocks_at_once_train_as_one_block_eight_times(tune, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"bits": 4}, {"bits": 8}, {"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": "q_proj,v_proj"},
-                                   {"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}, {"report_to": "tensorboard"}], ids=str)
+                                   {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "bits": 4}, {"gradient_checkpointing": True, "bits": 8}, {"neftune_noise_alpha": 5.0}, {"report_to": "tensorboard"}], ids=str)
 def test_every_way_to_tune_gives_an_adapter_that_loads(tune, model_folder, flags):
     report = tune(**flags)
     model, chat = generate.load(str(model_folder), report["output_dir"], bits=flags.get("bits", 16))
@@ -137,7 +137,37 @@ def test_other_families_are_tuned_too(tmp_path, tune, bytelevel_folder, family):
     assert report["train_loss"] > 0 and report["eval_loss"] > 0
 
 
+def test_a_checkpoint_answers_with_the_template_it_is_trained_with(tune, model_folder):
+    out = Path(tune(template="ziya", save_steps=1, max_steps=2)["output_dir"])
+    assert generate.load(str(model_folder), str(out / "checkpoint-1"))[1].jinja == generate.load(str(model_folder), str(out))[1].jinja
+    assert not list(out.rglob("training_args.bin"))
+
+
+def test_a_base_whose_generation_config_contradicts_itself_is_tuned_all_the_same(tune, tmp_path, model_folder):
+    shutil.copytree(model_folder, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}')
+    saved = json.loads(Path(tune(model_name_or_path=str(tmp_path / "base"))["output_dir"], "generation_config.json").read_text())
+    assert saved["temperature"] == 0.9 and saved["do_sample"] and saved["pad_token_id"] == 0
+
+
+def test_the_only_step_of_a_short_run_is_not_spent_on_warming_up(tune):
+    assert any(tensor.any() for name, tensor in weights(tune(max_steps=1)["output_dir"]).items() if "lora_B" in name)
+
+
 # ---- what ends a run, and what is left of it ----
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_with_other_flags(tune, monkeypatch):
+    import training
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "supervised_forward", full)
+    with pytest.raises(RunStopped):
+        tune(per_device_train_batch_size=2)
+    monkeypatch.undo()
+    assert tune(per_device_train_batch_size=1)["train_loss"] > 0
+
+
 def command(folder, out, *flags):
     return [sys.executable, "finetune_lora.py", "--model_name_or_path", str(folder), "--data_path", DATA, "--output_dir", str(out), "--template", "chatml",
             "--max_length", "128", "--gradient_accumulation_steps", "2", "--num_train_epochs", "8", "--gradient_checkpointing", "False", "--save_steps", "3",
@@ -202,9 +232,11 @@ def test_too_little_disk_is_said_before_training(tune, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [({"template": "alpaca"}, "template"), ({"max_length": 128}, "max_length"), ({"seed": 7}, "seed"), ({"lora_r": 4}, "lora_r"),
-                                          ({"data_path": str(ROOT / "sample" / "ziya.jsonl")}, "data"), ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps")], ids=str)
+                                          ({"data_path": str(ROOT / "sample" / "ziya.jsonl")}, "data"), ({"gradient_accumulation_steps": 2}, "blocks_per_rank_and_step"),
+                                          ({"lora_alpha": 4.0}, "lora_alpha"), ({"lora_target_modules": "q_proj"}, "lora_target_modules"), ({"use_dora": True}, "use_dora"),
+                                          ({"last_round_only": True}, "last_round_only"), ({"learning_rate": 1e-5}, "learning_rate")], ids=str)
 def test_resuming_another_run_is_refused_and_the_difference_named(tune, flags, named):
-    tune(max_steps=2)
+    tune(max_steps=2, save_steps=1)
     with pytest.raises(BadInput, match=f"was begun with {named} = "):
         tune(max_steps=2, resume=True, **flags)
 
@@ -243,7 +275,10 @@ def test_an_adapter_that_changes_nothing_is_an_error_not_a_file(tune, tmp_path):
 @pytest.mark.parametrize("flags, reason", [
     ({"lora_target_modules": "query_key_value"}, "no linear layer 'query_key_value', it has .*q_proj"),
     ({"template": "alpacca"}, "did you mean alpaca"), ({"max_length": 8}, "below the"), ({"precision": "fp16"}, "needs a GPU"),
-    ({"report_to": "swanlabb"}, "pip install swanlabb"), ({"bf16": True}, "use --precision"), ({"eval_size": 10}, "leaves nothing to train on"),
+    ({"report_to": "swanlabb"}, "pip install swanlabb"), ({"bf16": True}, "use --precision"), ({"eval_size": 10}, "leaves nothing to train on"), ({"eval_size": 0.01}, "holds out no record"),
+    ({"eval_size": 2, "eval_path": DATA}, "give one"), ({"eval_strategy": "steps"}, "needs something to evaluate on"), ({"lora_r": 0}, "--lora_r=0 must be above zero"),
+    ({"gradient_accumulation_steps": 0}, "must be above zero"), ({"deepspeed": "ds_configs/zero2.json"}, "needs torchrun"),
+    ({"auto_find_batch_size": True}, "is not taken here"),
     ({"data_path": "nowhere.json"}, "--data_path=nowhere.json does not exist"), ({"data_path": str(ROOT)}, "is a folder"), ({"eval_path": "nowhere.json"}, "--eval_path"),
     ({"model_name_or_path": "nowhere"}, "nowhere does not exist"), ({"model_name_or_path": str(ROOT)}, "has no config.json"),
 ], ids=lambda value: str(value)[:40])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import training
 from chat import IGNORE_INDEX, Examples
 from training import Blocks, BlockSampler, choose_attention, collate, supervised_forward
+from utils import BadInput
 
 CONFIG = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -87,7 +88,25 @@ def test_logits_in_chunks_give_the_loss_and_gradients_of_all_at_once(monkeypatch
     loss = training.HeadLoss.apply(hidden, targets, head, *parameters) / 7
     for ours, theirs in zip(torch.autograd.grad(loss, [hidden, *parameters]), expected):
         assert (ours - theirs).abs().max() < 1e-5
-    assert training.chunks(head, 20)[0] == (0, 3 if at_once < 1000 else 20)
+    assert training.chunks(head, 20, "cpu")[0] == (0, 3 if at_once < 1000 else 20)
+
+
+def test_the_loss_is_a_number_where_the_hidden_states_sum_to_more_than_fp16_holds():
+    model = llama().half()
+    model.forward = MethodType(supervised_forward, model)
+    model.base_model.norm.weight.data.fill_(300.0)
+    with torch.no_grad():
+        assert torch.isfinite(model(**collate([documents(30)]))["loss"])
+
+
+def test_models_that_change_their_logits_are_refused_and_other_layers_are_not_packed():
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+    with torch.device("meta"):
+        with pytest.raises(BadInput, match="final_logit_softcapping"):
+            choose_attention(Gemma2ForCausalLM(Gemma2Config(**CONFIG, head_dim=8)), "fp32", 64)
+        gemma = Gemma3ForCausalLM(Gemma3TextConfig(**CONFIG, head_dim=8, sliding_window=32))
+    assert choose_attention(gemma, "fp32", 64) is None
 
 
 def test_no_token_is_predicted_from_the_document_before_it():

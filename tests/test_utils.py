@@ -126,13 +126,15 @@ def test_a_folder_that_is_no_model_is_told_apart(tmp_path):
 def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp_path):
     check_output_dir(str(tmp_path / "new"), resume=False)
     write_facts(str(tmp_path), {"seed": 1, "data": "abc"})
+    check_output_dir(str(tmp_path), resume=False)  # nothing is lost: it failed before its first checkpoint
+    assert resume_point(str(tmp_path), {"seed": 2, "data": "abc"}) is None
+    for step in ("9", "10", "best"):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")  # 10 is not whole
     with pytest.raises(BadInput, match="holds another run"):
         check_output_dir(str(tmp_path), resume=False)
     with pytest.raises(BadInput, match="was begun with seed = 1, now it is 2"):
         resume_point(str(tmp_path), {"seed": 2, "data": "abc"})
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")  # the other is not whole
     assert Path(resume_point(str(tmp_path), {"seed": 1, "data": "abc"})).name == "checkpoint-9"
 
 
