@@ -12,7 +12,7 @@ master, gradient and two moments of AdamW; ds_configs/README.md has the arithmet
 | base | 16 bytes a weight | ranks, file          | states a card | working weights, activations, logits, CUDA | sum | runs on            |
 |------|-------------------|----------------------|---------------|--------------------------------------------|-----|--------------------|
 | 1.1B | 18                | 1, none              | 18            | 3                                          | 21  | 1 x 24 GB          |
-| 7B   | 108               | 1, zero3_offload     | 0             | 5                                          | 5   | 1 x 11 GB, 130 GB RAM |
+| 7B   | 108               | 1, zero3_offload     | 0             | 5                                          | 5   | 1 x 11 GB, 121 GB RAM |
 | 7B   | 108               | 4, zero3             | 27            | 5                                          | 32  | 4 x 40 GB          |
 | 13B  | 208               | 8, zero3             | 26            | 7                                          | 33  | 8 x 40 GB          |
 """

@@ -15,7 +15,7 @@ master, gradient and two moments of AdamW; ds_configs/README.md has the arithmet
 | base | 16 bytes a weight | ranks, file          | states a card | working weights, activations, logits, CUDA | sum | runs on            |
 |------|-------------------|----------------------|---------------|--------------------------------------------|-----|--------------------|
 | 1.1B | 18                | 1, none              | 18            | 4                                          | 22  | 1 x 24 GB          |
-| 7B   | 108               | 1, zero3_offload     | 0             | 6                                          | 6   | 1 x 11 GB, 130 GB RAM |
+| 7B   | 108               | 1, zero3_offload     | 0             | 6                                          | 6   | 1 x 11 GB, 121 GB RAM |
 | 7B   | 108               | 4, zero3             | 27            | 6                                          | 33  | 4 x 40 GB          |
 | 13B  | 208               | 8, zero3             | 26            | 8                                          | 34  | 8 x 40 GB          |
 """
