@@ -133,6 +133,10 @@ def main(
     chat = Chat(load_tokenizer(model_name_or_path, trust_remote_code), template, last_round_only)
 
     # ---- prepare ----
+    facts = run_facts(flags, data=file_hash(data_path), eval_data=eval_path and file_hash(eval_path),
+                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
+    check_machine(args, skeleton, 0, facts, bits, bool(chat.new_tokens))
+    checkpoint = resume_point(output_dir, facts) if resume else None
     reading = dict(max_length=max_length, skip_bad_records=skip_bad_records, unescape_newlines=unescape_newlines)
     examples = tokenize_records(data_path, chat, **reading)
     evaluated = tokenize_records(eval_path, chat, **reading) if eval_path else examples
@@ -140,10 +144,6 @@ def main(
     evaluate_on = range(len(evaluated)) if eval_path else evaluate_on
     blocks = Blocks(examples, train_on, max_length, packing)
     eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
-    facts = run_facts(flags, data=file_hash(data_path), eval_data=eval_path and file_hash(eval_path),
-                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
-    check_machine(args, skeleton, 0, facts, bits, bool(chat.new_tokens))
-    checkpoint = resume_point(output_dir, facts) if resume else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)
 

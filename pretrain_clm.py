@@ -150,6 +150,12 @@ def main(
     tokenizer.chat_template = chat_template  # the base's own is saved with the model: it is no worse a chat model for having read
 
     # ---- prepare ----
+    data, eval_data = ([file_hash(file) for file in document_files(path)] if path else None for path in (data_path, eval_path))
+    facts = run_facts(flags, data=data, eval_data=eval_data,
+                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
+    trained = sum(p.numel() for p in skeleton.parameters()) if train == "full" else 2 * skeleton.get_input_embeddings().weight.numel()
+    check_machine(args, skeleton, trained, facts, bits, new_rows=train == "lora")
+    checkpoint = resume_point(output_dir, facts) if resume else None
     reading = dict(max_length=max_length, skip_bad_records=skip_bad_records, document_separator=document_separator)
     examples = tokenize_documents(data_path, chat, **reading)
     evaluated = tokenize_documents(eval_path, chat, **reading) if eval_path else examples
@@ -157,12 +163,6 @@ def main(
     evaluate_on = range(len(evaluated)) if eval_path else evaluate_on
     blocks = Blocks(examples, train_on, max_length, packing, shuffle)
     eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
-    data, eval_data = ([file_hash(file) for file in document_files(path)] if path else None for path in (data_path, eval_path))
-    facts = run_facts(flags, data=data, eval_data=eval_data,
-                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
-    trained = sum(p.numel() for p in skeleton.parameters()) if train == "full" else 2 * skeleton.get_input_embeddings().weight.numel()
-    check_machine(args, skeleton, trained, facts, bits, new_rows=train == "lora")
-    checkpoint = resume_point(output_dir, facts) if resume else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)
 
