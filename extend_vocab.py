@@ -23,7 +23,7 @@ from pprint import pprint
 from typing import Literal
 
 from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, whole_folder
-from vocabulary import CHINESE, Vocabulary, corpus_files, learn_pieces, parse_sentencepiece, read_corpus, read_pieces
+from vocabulary import CHINESE, Vocabulary, corpus_files, learn_pieces, load_base_tokenizer, read_corpus, read_pieces
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
@@ -76,7 +76,7 @@ def main(
     if min(num_pieces, max_corpus_mb, pad_to_multiple_of) <= 0 or not 0 < character_coverage <= 1:
         raise BadInput("--num_pieces, --max_corpus_mb and --pad_to_multiple_of must be above 0, --character_coverage above 0 and at most 1")
     for path in filter(None, (corpus_path, eval_path)):
-        corpus_files(path)
+        corpus_files(path)  # are they there?
     wanted = read_pieces(pieces) if pieces else []
 
     # ---- load ----
@@ -96,18 +96,18 @@ def main(
 
     # ---- extend ----
     if not pieces:
-        chinese = sum(CHINESE.search(vocabulary.text(piece)) is not None for piece in vocabulary.vocab)  # some may be found again
-        wanted = learn_pieces(runs, num_pieces + chinese, model_type, character_coverage)
+        known = sum(CHINESE.search(vocabulary.text(piece)) is not None for piece in vocabulary.vocab)  # some are found again
+        wanted = learn_pieces(runs, num_pieces + known + 1000, model_type, character_coverage)
     counts = vocabulary.add(wanted, sys.maxsize if pieces else num_pieces)
     if not pieces and len(vocabulary.new) < num_pieces:
         raise BadInput(f"{corpus_path} gives {len(vocabulary.new):,} new pieces, not {num_pieces:,}: give more text, or a smaller --num_pieces")
-    print(f"{len(wanted):,} pieces are {'given' if pieces else 'found'}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items())
-          + f"; {len(vocabulary.new):,} new pieces with those that they are merged from", file=sys.stderr)
+    print(f"of {len(wanted):,} pieces {'given' if pieces else 'found'}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items())
+          + f"; with those that they are merged from: {len(vocabulary.new):,} new", file=sys.stderr)
     vocabulary.add_control([token.strip() for token in (add_tokens or "").split(",") if token.strip()])
     extended = vocabulary.tokenizer()
     was = [[token.id for token in vocabulary.base.model.tokenize(piece)] for piece in vocabulary.new]  # each new piece in old ids
     merged = vocabulary.sentencepiece_model(model_file) if vocabulary.sentencepiece and model_file.is_file() else None
-    figures = report(vocabulary, extended, was, texts, model_file, merged)
+    figures = report(vocabulary, extended, was, texts, merged)
 
     # ---- save ----
     rows = -(-max(vocabulary.next_id, skeleton.config.vocab_size) // pad_to_multiple_of) * pad_to_multiple_of
@@ -120,7 +120,7 @@ def main(
         if shutil.disk_usage(unfinished).free < 1.1 * sum(file.stat().st_size for file in weights):
             raise BadInput(f"--output_dir={output_dir} has {shutil.disk_usage(unfinished).free / 1e9:.1f} GB free, less than the model takes")
         for file in folder.glob("*"):  # generation_config.json, chat template, licence: all but weights and tokenizer
-            if file.is_file() and file.suffix in (".json", ".jinja", ".md", ".txt", "") and not file.match("*.index.json") and file.name not in TOKENIZER_FILES:
+            if file.is_file() and file.suffix in (".json", ".jinja", ".md", ".txt", ".py", "") and not file.match("*.index.json") and file.name not in TOKENIZER_FILES:
                 shutil.copyfile(file, unfinished / file.name)
         (unfinished / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         tokenizer.save_pretrained(unfinished)
@@ -139,7 +139,7 @@ def main(
                                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "output_dir": output_dir}, ensure_ascii=False))
 
 
-def report(vocabulary: Vocabulary, extended, was: list[list[int]], texts: dict[str, list[str]], model_file: Path, merged: bytes | None) -> dict:
+def report(vocabulary: Vocabulary, extended, was: list[list[int]], texts: dict[str, list[str]], merged: bytes | None) -> dict:
     """Print what the new pieces do for text that they were not learned from; the figures for the last line."""
     import argparse
     import inspect
@@ -160,30 +160,31 @@ def report(vocabulary: Vocabulary, extended, was: list[list[int]], texts: dict[s
         else:
             tokens.update(before=before, after=after)
             used.update(i for ids in new for i in ids)
+    kept = sum(same) / len(same)
+    print(f"English and code: {kept:.2%} of {len(same):,} lines keep their ids", file=sys.stderr)
     saved = {piece: used[vocabulary.vocab[piece]] * (len(ids) - 1) for piece, ids in zip(vocabulary.new, was)}
-    count = sum(used[vocabulary.vocab[piece]] > 0 for piece in vocabulary.new)
-    best = sorted(saved, key=saved.get, reverse=True)[:10]
-    print(f"of {len(saved):,} new pieces {count:,} are used in the Chinese text above; they save most tokens: "
-          + ", ".join(f"{vocabulary.text(piece)} {saved[piece]:,}" for piece in best if saved[piece]), file=sys.stderr)
-    print(f"English and code: {sum(same) / len(same):.2%} of {len(same):,} lines keep their ids", file=sys.stderr)
+    count = sum(used[vocabulary.vocab[piece]] > 0 for piece in saved)
+    unreached = [piece for piece in saved if len(extended.model.tokenize(piece)) > 1]
+    best = ", ".join(f"{vocabulary.text(piece)} {saved[piece]:,}" for piece in sorted(saved, key=saved.get, reverse=True)[:10])
+    print(f"of {len(saved):,} new pieces {len(unreached):,} can never come up, {count:,} do in the held-out text"
+          + f"; most tokens are saved there by {best}" * bool(count), file=sys.stderr)
     agreement = None
     if merged and texts:
-        # a blank at the beginning is left out: transformers puts none of its own before it, sentencepiece does
+        # without first blanks: before these sentencepiece puts another, and transformers does not
         lines = [line.strip() for kind in texts.values() for line in kind]
-        agreement = []
-        for tokenizer, model in ((vocabulary.base, model_file.read_bytes()), (extended, merged)):
-            theirs = sentencepiece.SentencePieceProcessor(model_proto=model).encode(lines)
-            agreement.append(sum(a == b for a, b in zip(encode_lines(tokenizer, lines), theirs)) / len(lines))
-        print(f"sentencepiece and transformers agree on {agreement[1]:.2%} of these lines (with the old pieces: {agreement[0]:.2%})", file=sys.stderr)
-    return {"new_pieces": len(saved), "pieces_used": count, "times_fewer_tokens": round(tokens["before"] / tokens["after"], 3) if tokens else None,
-            "characters_per_token": figures, "lines_unchanged": round(sum(same) / len(same), 5), "sentencepiece_agreement": agreement and round(agreement[1], 5)}
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=merged).encode(lines)
+        agreement = sum(a == b for a, b in zip(encode_lines(extended, lines), theirs)) / len(lines)
+        print(f"sentencepiece gives the ids of transformers on {agreement:.2%} of the held-out lines", file=sys.stderr)
+    return {"new_pieces": len(saved), "pieces_used": count, "pieces_unreached": len(unreached), "lines_unchanged": round(kept, 5),
+            "sentencepiece_agreement": agreement and round(agreement, 5), "characters_per_token": figures,
+            "times_fewer_tokens": round(tokens["before"] / tokens["after"], 3) if texts else None}
 
 
 def encode_lines(tokenizer, lines: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
 
 
-# ---- tokenizer and weights ----
+# ---- weights ----
 def local_folder(model_name_or_path: str, allow_pickle: bool) -> Path:
     """The folder of a model; of one on the hub, its files are fetched first."""
     if Path(model_name_or_path).is_dir():
@@ -198,19 +199,6 @@ def local_folder(model_name_or_path: str, allow_pickle: bool) -> Path:
     return Path(folder)
 
 
-def load_base_tokenizer(folder: Path):
-    """The tokenizer of a model folder. From tokenizer.model alone AutoTokenizer would make one without BOS and first blank."""
-    from transformers import LlamaTokenizer
-
-    from models import load_tokenizer
-
-    model_file = folder / "tokenizer.model"
-    if not model_file.is_file() or (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return load_tokenizer(str(folder))
-    parse_sentencepiece(model_file.read_bytes(), str(model_file))
-    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
-
-
 def weight_files(folder: Path, scratch: Path) -> list[Path]:
     """The safetensors files of a model; pickles become such files in `scratch`."""
     import torch
@@ -223,31 +211,29 @@ def weight_files(folder: Path, scratch: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> tuple[dict[str, dict], int]:
-    """({tensor: its dtype, shape and data_offsets}, where the data begins) of a safetensors file."""
+    """({tensor: its dtype, shape and data_offsets}, where the data begins) of a safetensors file; BadInput if it is not whole."""
+    size = file.stat().st_size
     with open(file, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    return {name: about for name, about in header.items() if name != "__metadata__"}, 8 + size
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8)) if start <= size else {}
+    header.pop("__metadata__", None)
+    if not header or size < start + max(about["data_offsets"][1] for about in header.values()):
+        raise BadInput(f"{file} is cut off, or only points to the real file: finish the download")
+    return header, start
 
 
 def find_matrices(folder: Path, skeleton, weights: list[Path], tokens: int) -> set[str]:
     """The names of embedding and head in the files; BadInput if they are not there, or the tokenizer is of another model."""
-    shapes = {}
-    for file in weights:
-        header, start = read_header(file)
-        if file.stat().st_size < start + max(about["data_offsets"][1] for about in header.values()):
-            raise BadInput(f"{file} is cut off: finish the download")
-        shapes |= {name: about["shape"] for name, about in header.items()}
-    layers = {id(layer): layer for layer in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
-    names = [f"{name}.weight" for name, module in skeleton.named_modules() if id(module) in layers]
-    found, rows = {name for name in names if name in shapes}, skeleton.config.vocab_size
-    if not found or (len(found) < len(names) and not skeleton.config.tie_word_embeddings):
-        raise BadInput(f"{folder} has no {' and '.join(name for name in names if name not in found)} in its weights, so they are not all there")
-    for name in found:
-        if shapes[name][0] != rows:
-            raise BadInput(f"{folder}: {name} has {shapes[name][0]:,} rows, config.json says vocab_size = {rows:,}")
+    shapes = {name: about["shape"] for file in weights for name, about in read_header(file)[0].items()}
+    layers = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    names = {f"{name}.weight" for name, module in skeleton.named_modules() if any(module is layer for layer in layers)}
+    found, rows = names & shapes.keys(), skeleton.config.vocab_size
+    if not found or (found != names and not skeleton.config.tie_word_embeddings):
+        raise BadInput(f"{folder} has no {min(names - found)} in its weights: they are not those of its config.json")
+    if any(shapes[name][0] != rows for name in found):
+        raise BadInput(f"{folder}: {min(found)} has {shapes[min(found)][0]:,} rows, config.json says {rows:,}")
     if not tokens <= rows < tokens + 1024:  # some models have a few hundred rows that no token uses
-        raise BadInput(f"{folder}: the tokenizer has {tokens:,} tokens and the model {rows:,} rows, so they do not belong together")
+        raise BadInput(f"{folder}: its tokenizer has {tokens:,} tokens, the model {rows:,} rows, so they do not belong together")
     return found
 
 

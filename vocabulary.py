@@ -87,6 +87,8 @@ def learn_pieces(runs: Counter, size: int, model_type: str, character_coverage: 
     """
     import sentencepiece
 
+    if not runs:
+        raise BadInput("there is no Chinese in the text to learn pieces from")
     with tempfile.TemporaryDirectory() as folder:
         file, model = Path(folder, "runs.tsv"), io.BytesIO()
         file.write_text("".join(f"{run}\t{count}\n" for run, count in sorted(runs.items())), "utf-8")
@@ -135,6 +137,19 @@ def parse_sentencepiece(data: bytes, name: str):
 
 
 # ---- merges ----
+def load_base_tokenizer(folder: Path):
+    """The tokenizer of a model folder. From tokenizer.model alone AutoTokenizer would make one without BOS and first blank."""
+    from transformers import LlamaTokenizer
+
+    from models import load_tokenizer
+
+    model_file = folder / "tokenizer.model"
+    if not model_file.is_file() or (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        return load_tokenizer(str(folder))
+    parse_sentencepiece(model_file.read_bytes(), str(model_file))
+    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+
+
 class Vocabulary:
     """A BPE tokenizer whose vocabulary grows: each new piece gets the merges that reach it, behind all older ones.
 
@@ -178,8 +193,8 @@ class Vocabulary:
     def add(self, texts: list[str], limit: int) -> Counter:
         """Add texts as pieces until there are `limit` new ones; returns how many were added, or skipped for what reason.
 
-        A piece is merged from left to right out of what it is now; the beginnings on that way become pieces as well, and
-        its characters before them: no piece, but for beginnings of a character's bytes, ends inside of a character.
+        A piece is merged from left to right out of what it is now; its characters, and the beginnings on that way, become
+        pieces before it. Where such a beginning would be English the text is skipped, or " 2" would change with " 2、".
         """
         counts = Counter()
         for text in texts:
@@ -187,28 +202,35 @@ class Vocabulary:
             if len(self.new) == limit:
                 break
             if spelled in self.vocab:
-                counts["exist already"] += 1
+                counts["already there"] += 1
             elif not CHINESE.search(text):
-                counts["have no Chinese character"] += 1
+                counts["without a Chinese character"] += 1
             elif not self.sentencepiece and self.words(text) != [spelled]:
-                counts["would be cut apart before any merge"] += 1
+                counts["cut apart before any merge"] += 1
             else:
-                counts["added"] += 1
-                for piece in (*map(self.spell, text), spelled):
-                    parts = self.split(piece)
-                    for end in range(1, len(parts) + 1):
-                        self._put("".join(parts[:end]), limit)
+                for character in text:
+                    self._put(self._beginnings(self.spell(character)), limit)
+                beginnings = self._beginnings(spelled)
+                if all(CHINESE.search(self.text(piece)) or "\ufffd" in self.text(piece) for piece in beginnings):
+                    self._put(beginnings, limit)
+                    counts["added"] += 1
+                else:
+                    counts["that begin as English"] += 1
         return counts
 
-    def _put(self, piece: str, limit: int) -> None:
-        if piece in self.vocab or len(self.new) == limit:
-            return
-        self.vocab[piece] = self.next_id
-        self.next_id += 1
-        self.new.append(piece)
-        for cut in range(1, len(piece)):
-            if piece[:cut] in self.vocab and piece[cut:] in self.vocab:
-                self.rank.setdefault((piece[:cut], piece[cut:]), len(self.rank))
+    def _beginnings(self, spelled: str) -> list[str]:
+        """The pieces that are missing on the way to a piece, and the piece itself."""
+        parts = self.split(spelled)
+        return [piece for end in range(1, len(parts) + 1) if (piece := "".join(parts[:end])) not in self.vocab]
+
+    def _put(self, pieces: list[str], limit: int) -> None:
+        for piece in pieces[: limit - len(self.new)]:
+            self.vocab[piece] = self.next_id
+            self.next_id += 1
+            self.new.append(piece)
+            for cut in range(1, len(piece)):
+                if piece[:cut] in self.vocab and piece[cut:] in self.vocab:
+                    self.rank.setdefault((piece[:cut], piece[cut:]), len(self.rank))
 
     def add_control(self, tokens: list[str]) -> None:
         """Add control tokens, which no text is merged to."""
