@@ -59,7 +59,7 @@ def main(
         allow_pickle: Load weights that are pickles, which can run code.
         num_pieces: Pieces to learn from the corpus.
         model_type: How SentencePiece learns them: bpe, or unigram, which takes ten times as long.
-        character_coverage: Share of the corpus whose characters become pieces; the rarer ones stay bytes.
+        character_coverage: Share of the corpus, 0.98 to 1, whose characters become pieces; the rarer ones stay bytes.
         max_corpus_mb: Text to learn from, in MB; of a larger corpus lines are drawn evenly.
         add_tokens: Control tokens to add, with commas between them, as in "<|im_start|>,<|im_end|>,<pad>".
         init: A new piece's row: the mean of the rows of the tokens that it was before, or of all rows.
@@ -73,8 +73,8 @@ def main(
     check_output_dir(output_dir, False)
     if not corpus_path and not pieces:
         raise BadInput("give --corpus_path to learn pieces from, or the --pieces to add")
-    if min(num_pieces, max_corpus_mb, pad_to_multiple_of) <= 0 or not 0 < character_coverage <= 1:
-        raise BadInput("--num_pieces, --max_corpus_mb and --pad_to_multiple_of must be above 0, --character_coverage above 0 and at most 1")
+    if min(num_pieces, max_corpus_mb, pad_to_multiple_of) <= 0 or not 0.98 <= character_coverage <= 1:
+        raise BadInput("--num_pieces, --max_corpus_mb and --pad_to_multiple_of must be above 0, --character_coverage between 0.98 and 1")
     for path in filter(None, (corpus_path, eval_path)):
         corpus_files(path)  # are they there?
     wanted = read_pieces(pieces) if pieces else []
@@ -147,7 +147,7 @@ def report(vocabulary: Vocabulary, extended, was: list[list[int]], texts: dict[s
 
     import sentencepiece
 
-    latin = {"English": "\n".join(topics.values()).split("\n"), "code": inspect.getsource(argparse).split("\n")}
+    latin = {"English": "\n".join(topics.values())[:200_000].split("\n"), "code": inspect.getsource(argparse).split("\n")}
     figures, used, tokens, same = {}, Counter(), Counter(), []
     print("characters   per token: before   after   fewer tokens", file=sys.stderr)
     for kind, lines in (texts | latin).items():

@@ -193,8 +193,8 @@ class Vocabulary:
     def add(self, texts: list[str], limit: int) -> Counter:
         """Add texts as pieces until there are `limit` new ones; returns how many were added, or skipped for what reason.
 
-        A piece is merged from left to right out of what it is now; its characters, and the beginnings on that way, become
-        pieces before it. Where such a beginning would be English the text is skipped, or " 2" would change with " 2、".
+        A piece is merged from left to right out of what it is now; its Chinese characters, and the beginnings on that way,
+        become pieces before it. Where that would make a piece without Chinese the text is skipped: with " 2、" comes " 2".
         """
         counts = Counter()
         for text in texts:
@@ -204,18 +204,18 @@ class Vocabulary:
             if spelled in self.vocab:
                 counts["already there"] += 1
             elif not CHINESE.search(text):
-                counts["without a Chinese character"] += 1
+                counts["without Chinese"] += 1
             elif not self.sentencepiece and self.words(text) != [spelled]:
                 counts["cut apart before any merge"] += 1
             else:
-                for character in text:
+                for character in filter(CHINESE.match, text):
                     self._put(self._beginnings(self.spell(character)), limit)
                 beginnings = self._beginnings(spelled)
-                if all(CHINESE.search(self.text(piece)) or "\ufffd" in self.text(piece) for piece in beginnings):
+                fit = all(CHINESE.search(self.text(piece)) or "\ufffd" in self.text(piece) for piece in beginnings)  # � is part of a character
+                fit = fit and all(self.spell(character) in self.vocab for character in text)
+                if fit:
                     self._put(beginnings, limit)
-                    counts["added"] += 1
-                else:
-                    counts["that begin as English"] += 1
+                counts["added" if fit else "that bring some without Chinese"] += 1
         return counts
 
     def _beginnings(self, spelled: str) -> list[str]:
