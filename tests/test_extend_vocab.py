@@ -226,6 +226,13 @@ def test_a_piece_whose_merging_would_change_english_is_skipped(bases, tmp_path, 
     assert ids(load(tmp_path / "out"), ["qzxj qz"]) == ids(load(bases[kind]), ["qzxj qz"])
 
 
+def test_a_piece_that_byte_level_bpe_would_cut_apart_is_skipped(bases, tmp_path, capsys):
+    (tmp_path / "pieces.txt").write_text("好。好\n羊驼\n", "utf-8")
+    extend_vocab.main(model_name_or_path=str(bases["bytelevel"]), pieces=str(tmp_path / "pieces.txt"), output_dir=str(tmp_path / "out"))
+    said = capsys.readouterr()
+    assert "1 cut apart before any merge" in said.err and json.loads(said.out.splitlines()[-1])["pieces_unreached"] == 0
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_a_ready_sentencepiece_model_is_merged(tmp_path, text_file, extend, kind, model_type):
     import sentencepiece
@@ -249,6 +256,8 @@ def test_a_large_corpus_is_sampled_alike_whatever_its_order(text_file, tmp_path)
     assert runs == turned_runs and sorted(texts["novel"]) == sorted(turned_texts["turned"])
     assert 0.3 < sum(runs.values()) / sum(vocabulary.read_corpus(str(text_file), 64, 42)[1].values()) < 0.7
     assert vocabulary.read_corpus(str(text_file), half, 43)[1] != runs
+    learned = [vocabulary.learn_pieces(found, 1500, "bpe", 0.98) for found in (runs, turned_runs)]
+    assert learned[0] == learned[1] and list(runs) != list(turned_runs)
 
 
 def test_records_of_any_schema_are_text(tmp_path):
@@ -279,6 +288,8 @@ def test_new_rows_are_means_of_old_rows_which_stay(bases, extend, tmp_path, kind
             torch.testing.assert_close(new[name][i].float(), old[name][was].float().mean(0) if init == "mean_of_pieces" else mean, atol=2e-3, rtol=1e-2)
         torch.testing.assert_close(new[name][n + 1200:].float(), mean.expand(report["vocab_size"] - n - 1200, -1), atol=2e-3, rtol=1e-2)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == report["vocab_size"]
+    settings = "generation_config.json"
+    assert (tmp_path / "out" / settings).read_bytes() == (bases[kind] / settings).read_bytes()
 
 
 def test_the_result_loads_and_answers_english_as_its_base(bases, results, kind):
