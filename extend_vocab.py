@@ -14,8 +14,8 @@ with 20,000 pieces from 33 MB of text (benchmarks/vocab.py):
 
 | base                              | time    | memory at most | tokens for held-out Chinese |
 |-----------------------------------|---------|----------------|-----------------------------|
-| LLaMA's tokenizer, 7B's embedding | 0.8 min | 1.6 GiB        | 2.24 times fewer            |
-| SmolLM2-135M, byte-level          | 0.5 min | 1.6 GiB        | 2.66 times fewer            |
+| LLaMA's tokenizer, 7B's embedding | 0.4 min | 1.6 GiB        | 2.24 times fewer            |
+| SmolLM2-135M, byte-level          | 0.3 min | 1.6 GiB        | 2.66 times fewer            |
 """
 import json
 import resource
