@@ -25,10 +25,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from pprint import pprint
 from typing import Literal
 
-from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, whole_folder
+from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, show, whole_folder
 from vocabulary import CHINESE, Vocabulary, corpus_files, learn_pieces, load_base_tokenizer, read_corpus, read_pieces
 
 
@@ -70,11 +69,11 @@ def main(
         pad_to_multiple_of: The number of rows becomes a multiple of this, which GPUs multiply faster.
         seed: Of everything random.
     """
-    pprint(locals(), stream=sys.stderr)
+    show(locals())
     started = time.perf_counter()
     check_model(model_name_or_path, allow_pickle)
     check_file("pieces", pieces)
-    check_output_dir(output_dir, resume=False)
+    check_output_dir(output_dir)
     if not corpus_path and not pieces:
         raise BadInput("give --corpus_path to learn pieces from, or the --pieces to add")
     if min(num_pieces, max_corpus_mb, pad_to_multiple_of) <= 0 or not 0.98 <= character_coverage <= 1:

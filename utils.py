@@ -196,14 +196,14 @@ def check_file(flag: str, path: str | None) -> None:
         raise BadInput(f"--{flag}={path} is empty")
 
 
-def check_output_dir(output_dir: str, resume: bool) -> None:
-    """BadInput if output_dir holds something and this run is not to go on with it."""
+def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
+    """BadInput if output_dir holds something and this run is not to go on with it; None: it is of a script that cannot."""
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--output_dir={output_dir} is a file")
     begun = {"run.json", ".saving", "runs"}  # of a run that never came to its first checkpoint
     if not resume and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
-        raise BadInput(f"--output_dir={output_dir} holds another run: go on with it by --resume True, or give a new folder")
+        raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 
 
 def resume_point(output_dir: str, facts: dict) -> str | None:
