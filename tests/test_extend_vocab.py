@@ -385,7 +385,7 @@ def write(tmp_path, name, data):
 
 @pytest.mark.parametrize("flag, name, data, reason", [
     ("corpus_path", "gbk.txt", "第一行\n第二行：中文".encode("gb18030"), r"gbk\.txt, line 1: .*looks like GBK.*iconv"),
-    ("corpus_path", "broken.txt", "好\n好\n".encode() + b"\xff\xfe\xe4\n", r"broken\.txt, line 3: byte \d+ is not UTF-8"),
+    ("corpus_path", "broken.txt", "好\n好\n".encode() + b"\xff\xfe\xe4\n", r"broken\.txt, line 3: its byte \d+ is not UTF-8"),
     ("corpus_path", "broken.jsonl", '{"text": "好"}\n{"text": '.encode(), r"broken\.jsonl, line 2: not JSON"),
     ("corpus_path", "short.txt", "很短的一段文字。\n".encode(), "gives .* new pieces, not 1,200"),
     ("corpus_path", "english.txt", b"no word of it\n", "no Chinese"),
