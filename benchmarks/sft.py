@@ -18,7 +18,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chat import Chat, tokenize_records
-from records import read_records
+from records import numbered_records
 from utils import cli
 
 ROWS = {  # name: file, max_length, records, LoRA or all weights
@@ -26,6 +26,7 @@ ROWS = {  # name: file, max_length, records, LoRA or all weights
     "LoRA, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 120, True),
     "full, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 30, False),
     "full, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 80, False),
+    "pretraining, paragraphs, 1,024": ("text/三国演义.txt", 1024, 250, False),
 }
 
 
@@ -67,20 +68,22 @@ def main(
 
 
 def prepare(data_dir: Path, row: str):
-    """(Chat, records that fit, max_length, lora): a byte-level BPE of 8,192 trained on the row's own file, as ChatML."""
+    """(Chat, rows that fit, max_length, lora): a byte-level BPE of 8,192 trained on the row's own file, as ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     file, max_length, count, lora = ROWS[row]
-    records = [record["messages"] for record in read_records(str(data_dir / file), skip_bad_records=True)]
+    documents = "line" if file.endswith(".txt") else None
+    records = [record["messages"] for _, record in numbered_records(str(data_dir / file), skip_bad_records=True, document_separator=documents)]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.train_from_iterator((m["content"] for messages in records for m in messages), trainers.BpeTrainer(
         vocab_size=8190, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
-    chat = Chat(tokenizer, "chatml")
+    chat = Chat(tokenizer, "plain" if documents else "chatml")
     fitting = (messages for messages in records if sum(len(ids) for ids, _ in chat.encode(messages)) <= max_length)
-    return chat, list(itertools.islice(fitting, count)), max_length, lora
+    rows = [{"text": messages[-1]["content"]} if documents else {"messages": messages} for messages in itertools.islice(fitting, count)]
+    return chat, rows, max_length, lora
 
 
 def random_llama(attention: str):
@@ -109,7 +112,7 @@ def lora_config():
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
 
-def ours(chat, records, max_length, lora) -> dict:
+def ours(chat, rows, max_length, lora) -> dict:
     import tempfile
     from types import MethodType
 
@@ -127,8 +130,8 @@ def ours(chat, records, max_length, lora) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "data.jsonl")
-        path.write_text("".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in records), "utf-8")
-        examples = tokenize_records(str(path), chat, max_length)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        examples = tokenize_records(str(path), chat, max_length, document_separator="line" if "text" in rows[0] else None)
         model = random_llama("documents")
         model.forward = MethodType(supervised_forward, model)
         if lora:
@@ -142,7 +145,7 @@ def ours(chat, records, max_length, lora) -> dict:
     return {"supervised_tokens": int(trainer.seen[1]), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": int(trainer.seen[0]) / positions}
 
 
-def theirs(chat, records, max_length, lora) -> dict:
+def theirs(chat, rows, max_length, lora) -> dict:
     import tempfile
 
     from datasets import Dataset
@@ -159,8 +162,8 @@ def theirs(chat, records, max_length, lora) -> dict:
             return super().training_step(model, inputs, *rest, **more)
 
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(folder, packing=True, max_length=max_length, assistant_only_loss=True, gradient_checkpointing=False, bf16=False, **LOOP)
-        dataset = Dataset.from_list([{"messages": messages} for messages in records])
+        args = SFTConfig(folder, packing=True, max_length=max_length, assistant_only_loss="messages" in rows[0], gradient_checkpointing=False, bf16=False, **LOOP)
+        dataset = Dataset.from_list(rows)
         trainer = Counting(random_llama("sdpa"), args, train_dataset=dataset, processing_class=chat.tokenizer,
                            peft_config=lora_config() if lora else None)
         start = time.perf_counter()
