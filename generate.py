@@ -200,7 +200,8 @@ def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with torch.inference_mode():
         rows = model.generate(input_ids=ids, attention_mask=mask, **generation_arguments(model, chat, **settings))[:, width:].tolist()
-    return [chat.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip() for row in rows]
+    texts = (chat.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows)
+    return [text.rstrip().rstrip("\ufffd") for text in texts]  # max_new_tokens may end in the middle of a character
 
 
 def unanswered(input_file: str, output_file: str) -> tuple[list[dict], list[bytes]]:

@@ -2,16 +2,12 @@
 error here, since transformers and peft would warn and go on with random weights."""
 import contextlib
 import json
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up 4 bit on a CPU
-warnings.filterwarnings("ignore", category=FutureWarning)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no other
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import pprint
 import re
@@ -18,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import typing
+import warnings
 from pathlib import Path
 
 import fire
@@ -44,6 +46,8 @@ def cli(main) -> None:
     by main's annotations. Exit status: 2 for bad input, 130 after Ctrl-C.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 2 to 5 times on a shared machine
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up 4 bit on a CPU
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers and peft warn of one another
     if "LOCAL_RANK" not in os.environ:  # without torchrun one GPU is used: Trainer would split each batch over all (nn.DataParallel)
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -199,8 +203,9 @@ def check_file(flag: str, path: str | None) -> None:
 def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
     """BadInput if output_dir holds something and this run is not to go on with it; None: it is of a script that cannot."""
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--output_dir={output_dir} is a file")
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder" if not existing.is_dir() else "not writable"))
     begun = {"run.json", ".saving", "runs"}  # of a run that never came to its first checkpoint
     if not resume and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")

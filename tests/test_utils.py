@@ -125,6 +125,11 @@ def test_a_folder_that_is_no_model_is_told_apart(tmp_path):
 
 def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp_path):
     check_output_dir(str(tmp_path / "new"), resume=False)
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(BadInput, match="a is not a folder"):
+            check_output_dir(str(path), resume=False)
+    (tmp_path / "a").unlink()
     write_facts(str(tmp_path), {"seed": 1, "data": "abc"})
     check_output_dir(str(tmp_path), resume=False)  # nothing is lost: it failed before its first checkpoint
     assert resume_point(str(tmp_path), {"seed": 2, "data": "abc"}) is None
