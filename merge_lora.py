@@ -266,7 +266,8 @@ def make_plans(base: Weights, config: dict, adapters: list[Adapter], shares: lis
     elif tied and not stored:
         del plans[head]
     tables = [plans[name] for name in (embedding, head) if name in plans]
-    rows = max([tokens, *(row + 1 for plan in tables for row in plan.rows)] + [weights.tensors[key].shape[0] for plan in tables for _, weights, key in plan.whole])
+    wholes = [weights.tensors[key].shape[0] for plan in tables for _, weights, key in plan.whole]
+    rows = max([tokens, *wholes, *(row + 1 for plan in tables for row in plan.rows)])
     for plan in tables:
         if rows > (old := plan.tensor.shape[0]):
             plan.tensor, plan.changed = plan.tensor._replace(shape=(rows, *plan.tensor.shape[1:]), size=plan.tensor.size // old * rows), True

@@ -189,7 +189,8 @@ class Shards:
     def __init__(self, folder: Path, stem: str, tensors: dict[str, Tensor]):
         self.streams, self.places, self.kept, weight_map = [], {}, set(), {}
         sources = list(dict.fromkeys(tensor.file for tensor in tensors.values()))
-        files = [f"{stem}-{number:05}-of-{len(sources):05}.safetensors" for number in range(1, len(sources) + 1)] if len(sources) > 1 else [f"{stem}.safetensors"]
+        count = len(sources)
+        files = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)] if count > 1 else [f"{stem}.safetensors"]
         for left in folder.iterdir():
             if left.name not in files:
                 left.unlink()
