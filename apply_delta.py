@@ -24,7 +24,8 @@ from pprint import pprint
 
 import numpy
 
-from tensors import CHUNK, EMBEDDINGS, HEADS, ROTARY, Shards, Weights, check_new_folder, files_beside, in_threads, open_model, torch_dtype, unfinished_folder
+from tensors import (CHUNK, EMBEDDINGS, HEADS, ROTARY, Shards, Weights, check_new_folder, files_beside, in_threads, local_folder, open_model,
+                     torch_dtype, unfinished_folder)
 from utils import BadInput, RunStopped, cli, file_hash
 
 
@@ -50,15 +51,15 @@ def main(
     check_new_folder(result, flag)
 
     # ---- load ----
-    old, new, facts = open_model(base, allow_pickle), None, None
+    old, given, facts = open_model(local_folder(base, allow_pickle), allow_pickle), local_folder(source, allow_pickle), None
     if make:
-        new = open_model(target, allow_pickle)
+        new = open_model(given, allow_pickle)
         check_fit(old, new, "target")
-    elif Path(delta, "delta.json").is_file():
-        new, facts = open_delta(Path(delta))
+    elif (given / "delta.json").is_file():
+        new, facts = open_delta(given)
         check_base(old, facts["base"])
     else:
-        new = open_sums(delta, allow_pickle)
+        new = open_sums(given, allow_pickle)
         check_fit(old, new, "delta")
         check_sums(old, new)
 
@@ -112,12 +113,12 @@ def open_delta(folder: Path) -> tuple[Weights, dict]:
     return weights, facts
 
 
-def open_sums(delta: str, allow_pickle: bool) -> Weights:
+def open_sums(folder: Path, allow_pickle: bool) -> Weights:
     """A delta of floating-point numbers, which has the shape of a model."""
-    if Path(delta, "adapter_config.json").is_file():
-        raise BadInput(f"{delta} is a LoRA adapter, no delta: merge_lora.py merges it into its base")
-    weights = open_model(delta, allow_pickle)
-    print(f"warning: {delta} has no delta.json, so it is taken for a sum of floating-point numbers, as published for Ziya and by FastChat. "
+    if (folder / "adapter_config.json").is_file():
+        raise BadInput(f"{folder} is a LoRA adapter, no delta: merge_lora.py merges it into its base")
+    weights = open_model(folder, allow_pickle)
+    print(f"warning: {folder} has no delta.json, so it is taken for a sum of floating-point numbers, as published for Ziya and by FastChat. "
           f"Nothing in it tells the right base from a wrong one: try the result before you rely on it", file=sys.stderr)
     return weights
 
@@ -131,11 +132,11 @@ def check_fit(old: Weights, new: Weights, flag: str) -> None:
         raise BadInput(f"--{flag}={new.folder} lacks {len(missing)} tensors of the base, {missing[0]} for one")
     if extra and flag == "delta":
         raise BadInput(f"--{flag}={new.folder} has {len(extra)} tensors that the base lacks, {extra[0]} for one")
-    for name in new.tensors.keys() & old.tensors.keys():
+    for name in [name for name in new.tensors if name in old.tensors and not name.endswith(ROTARY)]:
         a, b = old.tensors[name], new.tensors[name]
-        if not name.endswith(ROTARY) and (a.shape[1:] != b.shape[1:] or a.shape[:1] > b.shape[:1] or len(a.shape) != len(b.shape)):
+        if (a.shape[1:] != b.shape[1:] or a.shape[:1] > b.shape[:1] or len(a.shape) != len(b.shape)):
             raise BadInput(f"--{flag}={new.folder}: {name} is {list(b.shape)}, in the base it is {list(a.shape)}: it was made from another base")
-        if flag == "target" and not name.endswith(ROTARY) and integers(a) != integers(b):
+        if flag == "target" and integers(a) != integers(b):
             raise BadInput(f"--{flag}={new.folder}: {name} is of type {b.dtype}, in the base of type {a.dtype}: save both in types of one width first")
 
 

@@ -2,6 +2,7 @@
 model needs the memory of its largest layer, in fp32."""
 import functools
 import re
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -51,18 +52,25 @@ def attach(model, adapters: list, shares: list[float] | None) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    names, embedding, head = [f"adapter{number}" for number in range(len(adapters))], model.get_input_embeddings(), model.get_output_embeddings()
+    names, adapted = [f"adapter{number}" for number in range(len(adapters))], None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     for name, (folder, weights) in zip(names, adapters):
         config = LoraConfig.from_pretrained(folder)
         config.init_lora_weights = True  # some ways to begin look at the weights of the base
-        adapted = get_peft_model(model, config, name) if name == names[0] else adapted  # noqa: F821
-        if name != names[0]:
-            adapted.add_adapter(name, config)
         state = {re.sub(r"\.default(?=\.)|\.modules_to_save(?=\.)", "", key): weights.floats(key) for key in weights.tensors if ".original_module." not in key}
-        if missing := get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys() - state.keys():
+        try:
+            if adapted is None:
+                adapted = get_peft_model(model, config, name)
+            else:
+                adapted.add_adapter(name, config)
+            wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys()
+            if wanted <= state.keys():
+                set_peft_model_state_dict(adapted, state, name, low_cpu_mem_usage=True)
+        except (RuntimeError, ValueError, TypeError, KeyError) as problem:
+            raise BadInput(f"peft cannot put {folder} into this model, so the result could not be checked: {first_line(problem)}") from None
+        if missing := wanted - state.keys():
             raise BadInput(f"{folder} lacks {len(missing)} tensors, {min(missing)} for one")
-        set_peft_model_state_dict(adapted, state, name, low_cpu_mem_usage=True)
     adapted.eval()  # else there is dropout
     if tied and is_hollow(head.weight):  # peft may have saved a tied table once
         head.weight = embedding.weight
@@ -110,11 +118,18 @@ def layerwise_logits(model, weights: Weights, ids: list[list[int]]) -> torch.Ten
     return torch.cat([row[: len(text)] for row, text in zip(logits, ids)])
 
 
-def read_prompts(tokenizer: str, eval_path: str | None, trust_remote_code: bool = False) -> list[list[int]]:
-    """The first 64 tokens of four dialogues, as the model is trained on them: of eval_path, or of sample/."""
-    chat = Chat(load_tokenizer(tokenizer, trust_remote_code))
+def read_prompts(folder: Path, eval_path: str | None, vocab_size: int, trust_remote_code: bool = False) -> list[list[int]]:
+    """The first 64 tokens of four dialogues of eval_path, or of sample/, as a model is trained on them."""
+    try:
+        chat = Chat(load_tokenizer(str(folder), trust_remote_code))
+    except BadInput as problem:  # the model can be run all the same
+        print(f"no prompts can be written for this model, so random tokens are taken ({problem})", file=sys.stderr)
+        return torch.randint(vocab_size, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
     records = read_records(eval_path or str(Path(__file__).with_name("sample") / "conversation.json"))
-    return [[i for ids, _ in chat.encode(record["messages"]) for i in ids][:64] for record in islice(records, 4)]
+    texts = [[i for ids, _ in chat.encode(record["messages"]) for i in ids][:64] for record in islice(records, 4)]
+    if (highest := max(map(max, texts))) >= vocab_size:
+        raise BadInput(f"the tokenizer in {folder} makes token {highest} out of a prompt, the model has {vocab_size} rows: they do not belong together")
+    return texts
 
 
 def compare_logits(expected: torch.Tensor, found: torch.Tensor, bound: float) -> str:
@@ -144,9 +159,11 @@ def file_name(weights: Weights, name: str) -> str:
 
 def _fill(weights: Weights, device: str, places: list, *_) -> None:
     for module, leaf, hollow, name in places:
-        data = weights.floats(name)
-        if len(hollow) > len(data):  # rows of new tokens start as the mean of the old ones
-            data = torch.cat([data, data.mean(dim=0).expand(len(hollow) - len(data), -1)])
+        tensor, data = weights.tensors[name], torch.empty(hollow.shape)
+        for first, last in tensor.row_chunks():
+            data[first:last] = weights.floats(name, first, last)
+        if len(data) > tensor.shape[0]:  # rows of new tokens start as the mean of the old ones
+            data[tensor.shape[0]:] = data[: tensor.shape[0]].mean(dim=0)
         module._parameters[leaf] = Parameter(data.to(device), requires_grad=False)
 
 

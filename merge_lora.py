@@ -26,8 +26,8 @@ from pathlib import Path
 from pprint import pprint
 from typing import NamedTuple
 
-from tensors import (CHUNK, EMBEDDINGS, HEADS, Shards, Tensor, Weights, check_new_folder, files_beside, in_threads, open_model, torch_dtype,
-                     unfinished_folder, vocabulary)
+from tensors import (CHUNK, EMBEDDINGS, HEADS, Shards, Tensor, Weights, check_new_folder, files_beside, in_threads, local_folder, open_model,
+                     torch_dtype, unfinished_folder, vocabulary)
 from utils import BadInput, RunStopped, check_adapter, check_file, cli, fingerprint
 
 # Fields of adapter_config.json that are honoured below, or matter in training alone. Any other that is set is refused: if it
@@ -78,7 +78,7 @@ def main(
     shares = read_shares(weights, len(folders))
 
     # ---- load ----
-    base = open_model(model_name_or_path, allow_pickle)
+    base = open_model(local_folder(model_name_or_path, allow_pickle), allow_pickle)
     config = json.loads((base.folder / "config.json").read_text("utf-8"))
     adapters = [open_adapter(Path(folder), base, allow_pickle, alone=len(folders) == 1 and shares is None) for folder in folders]
     beside = {file.name: file for file in files_beside(base.folder)}
@@ -89,9 +89,7 @@ def main(
     if check:
         from layerwise import attach, compare_logits, hollow_model, layerwise_logits, read_prompts
 
-        if "tokenizer_config.json" not in beside:
-            raise BadInput("neither base nor adapter has a tokenizer to check the result with: add --check False")
-        ids = read_prompts(str(beside["tokenizer_config.json"].parent), eval_path, trust_remote_code)
+        ids = read_prompts(beside.get("tokenizer_config.json", base.folder).parent, eval_path, config["vocab_size"], trust_remote_code)
         model = hollow_model(base, trust_remote_code, config["vocab_size"])
         attach(model, [(adapter.folder, adapter.weights) for adapter in adapters], shares)
         expected = layerwise_logits(model, base, ids)
@@ -164,8 +162,15 @@ def open_adapter(folder: Path, base: Weights, allow_pickle: bool, alone: bool) -
             found = next((name for name in names if name in base.tensors), name if name.endswith(HEADS) else None)
             if found is None:
                 raise BadInput(f"{folder}: {key} belongs to no tensor of {base.folder}: it was trained on another base, or is not known here")
-            parts.setdefault(found, {})[part] = key
+            if part != "whole" or not same_floats(weights, key, base, found):  # peft may save tables of the base as they were
+                parts.setdefault(found, {})[part] = key
     return Adapter(folder, config, weights, parts)
+
+
+def same_floats(a: Weights, in_a: str, b: Weights, in_b: str) -> bool:
+    """Whether two tensors hold the same numbers."""
+    tensor, other = a.tensors[in_a], b.tensors.get(in_b)
+    return other is not None and tensor.shape == other.shape and all(bool((a.floats(in_a, *rows) == b.floats(in_b, *rows)).all()) for rows in tensor.row_chunks())
 
 
 def carry_tokenizer(adapters: list[Adapter], beside: dict[str, Path]) -> int:
@@ -199,9 +204,7 @@ class Plan:
         """Take in what one adapter does to this tensor."""
         config, weights, self.changed = adapter.config, adapter.weights, True
         if "whole" in parts:
-            if in_turn:
-                self.whole, self.added, self.rows = [], [], {}
-            self.whole.append((share, weights, parts["whole"]))
+            self.whole = ([] if in_turn else self.whole) + [(share, weights, parts["whole"])]
         for a, b in FACTORS:
             if a in parts or b in parts:
                 names = parts.get(a), parts.get(b), parts.get("lora_magnitude_vector")
@@ -221,8 +224,8 @@ class Plan:
             for number, row in zip(numbers, weights.floats(parts[ROWS]), strict=True):
                 self.rows[number] = ([] if in_turn else self.rows.get(number, [])) + [(share, row)]
 
-    def check(self, name: str) -> None:
-        """BadInput if shapes do not fit, or if weights cancel out where something is to be averaged."""
+    def check(self, name: str, several: bool) -> None:
+        """BadInput if the parts do not fit the tensor or one another."""
         rows, columns = self.tensor.shape[0], self.tensor.row
         for _, weights, whole in self.whole:
             if weights.tensors[whole].shape != self.tensor.shape:
@@ -231,6 +234,8 @@ class Plan:
             a, b = weights.tensors[a].shape, weights.tensors[b].shape
             if a[0] != b[1] or (a[1], b[0]) != ((rows, columns) if transposed else (columns, rows)):
                 raise BadInput(f"{weights.folder}: factors of {list(b)} and {list(a)} do not fit {name}, {[rows, columns]}: it was trained on another base")
+        if several and bool(self.whole) + bool(self.added) + bool(self.rows) > 1:
+            raise BadInput(f"one adapter adds to {name}, another one replaces it or rows of it: merge them one after the other, in the order that is meant")
         if any(parts and abs(sum(part[0] for part in parts)) < 1e-6 for parts in (self.whole, *self.rows.values())):
             raise BadInput(f"--weights cancel out, but {name} is to be averaged by them")
 
@@ -273,7 +278,7 @@ def make_plans(base: Weights, config: dict, adapters: list[Adapter], shares: lis
             plan.tensor, plan.changed = plan.tensor._replace(shape=(rows, *plan.tensor.shape[1:]), size=plan.tensor.size // old * rows), True
             config["vocab_size"] = rows
     for name, plan in plans.items():
-        plan.check(name)
+        plan.check(name, several=len(adapters) > 1)
     return plans
 
 

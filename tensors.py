@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -141,21 +142,24 @@ def torch_dtype(dtype: str):
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}.get(dtype)
 
 
-def open_model(model_name_or_path: str, allow_pickle: bool = False) -> Weights:
-    """The weights of a model folder, or of one on the hub; BadInput if it is something else or is not whole."""
-    folder = Path(model_name_or_path)
+def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
+    """A folder as it is given, or that of a name on the hub, fetched if need be."""
+    if os.path.isdir(model_name_or_path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name_or_path) or Path(model_name_or_path).parent.is_dir():
+        return Path(model_name_or_path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{ending}" for ending in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
+    except (OSError, ValueError) as problem:
+        raise BadInput(f"{model_name_or_path} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+
+
+def open_model(folder: Path, allow_pickle: bool = False) -> Weights:
+    """The weights of a model folder; BadInput if it is something else or is not whole."""
     if (folder / "delta.json").is_file():
         raise BadInput(f"{folder} is a delta, no model: apply_delta.py makes the model out of it and its base")
-    check_model(model_name_or_path, allow_pickle)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = snapshot_download(model_name_or_path, allow_patterns=["*.safetensors", *(f"*{ending}" for ending in BESIDE), *["*.bin"] * allow_pickle])
-        except (OSError, ValueError) as problem:
-            raise BadInput(f"{model_name_or_path} could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
-        check_model(str(folder), allow_pickle)
-    if "quantization_config" in json.loads((Path(folder) / "config.json").read_text("utf-8")):
+    check_model(str(folder), allow_pickle)
+    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
         raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
     return Weights(folder, "model", allow_pickle)
 
@@ -209,7 +213,6 @@ class Shards:
             else:
                 stream.truncate(0)
                 os.pwrite(stream.fileno(), text, 0)
-            stream.truncate(len(text) + end)
             self.streams.append(stream)
             for name, tensor in those.items():
                 self.places[name] = stream.fileno(), len(text) + header[name]["data_offsets"][0], tensor.size
