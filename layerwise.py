@@ -38,7 +38,7 @@ def hollow_model(weights: Weights, trust_remote_code: bool = False, vocab_size: 
 
 
 def is_hollow(tensor: torch.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() < tensor.numel()
+    return tensor.dim() > 0 and not any(tensor.stride())
 
 
 def attach(model, adapters: list, shares: list[float] | None) -> None:
@@ -103,11 +103,16 @@ def layerwise_logits(model, weights: Weights, ids: list[list[int]]) -> torch.Ten
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = {module: name for name, module in model.named_modules()}
     layers = [layer for child in model.base_model.children() for layer in (child if isinstance(child, torch.nn.ModuleList) else [child])]
+    filled = set()
     for layer in dict.fromkeys([*layers, model.get_output_embeddings()]):
         places = [(module, leaf, p, file_name(weights, f"{names[module]}.{leaf}")) for module in layer.modules() for leaf, p in module._parameters.items()
                   if p is not None and is_hollow(p) and not names[module].endswith("original_module")]
         layer.register_forward_pre_hook(functools.partial(_fill, weights, device, places))
         layer.register_forward_hook(functools.partial(_empty, places))
+        filled.update(p for _, _, p, _ in places)
+    for name, p in model.named_parameters():
+        if is_hollow(p) and p not in filled and ".original_module." not in name:
+            raise BadInput(f"{name} lies outside of the layers of this model, so it cannot be run layer by layer: add --check False")
     for module in model.modules():  # what there is of weights: adapters, and what is computed
         for p in module.parameters(recurse=False):
             p.data = p.data if is_hollow(p) else p.data.to(device)

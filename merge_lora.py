@@ -26,8 +26,8 @@ from pathlib import Path
 from pprint import pprint
 from typing import NamedTuple
 
-from tensors import (CHUNK, EMBEDDINGS, HEADS, Shards, Tensor, Weights, check_new_folder, files_beside, in_threads, local_folder, open_model,
-                     torch_dtype, unfinished_folder, vocabulary)
+from tensors import (CHUNK, EMBEDDINGS, HEADS, Shards, Tensor, Weights, carry_tokenizer, check_new_folder, files_beside, in_threads, local_folder,
+                     open_model, same_floats, torch_dtype, unfinished_folder)
 from utils import BadInput, RunStopped, check_adapter, check_file, cli, fingerprint
 
 # Fields of adapter_config.json that are honoured below, or matter in training alone. Any other that is set is refused: if it
@@ -40,7 +40,6 @@ FACTORS = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 ROWS = "token_adapter.trainable_tokens_delta"
 KEY = re.compile(rf"(?:base_model\.model\.)?(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|{ROWS})(?:\.default)?(?:\.weight)?")
 WRAPPERS = re.compile(r"^base_model\.model\.|\.(base_layer|token_adapter|modules_to_save(\.default)?)(?=\.)")  # what peft puts into names
-TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")  # how the names of its files begin
 BOUND = {"F64": 1e-4, "F32": 1e-4, "F16": 0.005, "BF16": 0.03}  # the mean difference that rounding may make, as a share of the logits' spread
 
 
@@ -82,7 +81,7 @@ def main(
     config = json.loads((base.folder / "config.json").read_text("utf-8"))
     adapters = [open_adapter(Path(folder), base, allow_pickle, alone=len(folders) == 1 and shares is None) for folder in folders]
     beside = {file.name: file for file in files_beside(base.folder)}
-    plans = make_plans(base, config, adapters, shares, tokens=carry_tokenizer(adapters, beside))
+    plans = make_plans(base, config, adapters, shares, tokens=carry_tokenizer([adapter.folder for adapter in adapters], beside))
     size = sum(plan.tensor.size for plan in plans.values()) + sum(file.stat().st_size for file in beside.values())
     import torch
 
@@ -108,12 +107,11 @@ def main(
         (unfinished / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
         about = {"base": model_name_or_path, "base_fingerprint": fingerprint(str(base.folder)), "adapters": folders, "weights": shares}
         (unfinished / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
-        verdict = "not checked"
         if check:
-            merged = Weights(unfinished)
-            found = layerwise_logits(hollow_model(merged, trust_remote_code), merged, ids)
+            found = layerwise_logits(hollow_model(merged := Weights(unfinished), trust_remote_code), merged, ids)
             verdict = compare_logits(expected, found, max(BOUND[plan.tensor.dtype] for plan in plans.values() if plan.changed))
-    print(f"{output_dir}: {sum(plan.changed for plan in plans.values())} of {len(plans)} tensors changed, {size / 1e9:.2f} GB\nfidelity: {verdict}")
+    print(f"{output_dir}: {sum(plan.changed for plan in plans.values())} of {len(plans)} tensors changed, {size / 1e9:.2f} GB")
+    print(f"fidelity: {verdict if check else 'not checked'}")
 
 
 # ---- what is given ----
@@ -140,12 +138,10 @@ def open_adapter(folder: Path, base: Weights, allow_pickle: bool, alone: bool) -
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{folder} is an adapter of type {config.get('peft_type')}: only LORA is merged here")
-    for name, value in config.items():
-        if value and name not in KNOWN:
-            raise BadInput(f"{folder}: {name} = {str(value)[:60]} in its adapter_config.json changes the arithmetic in a way that is not known here")
+    if strange := [name for name, value in config.items() if value and name not in KNOWN]:
+        raise BadInput(f"{folder}: {strange[0]} = {str(config[strange[0]])[:60]} in adapter_config.json changes the arithmetic in a way that is not known here")
     if (start := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise BadInput(f"{folder}: init_lora_weights = {start} changed the base's weights: make it plain LoRA first, by peft's "
-                       f"save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+        raise BadInput(f"{folder}: init_lora_weights = {start} changed the base: save it as plain LoRA first (peft: path_initial_model_for_weight_conversion)")
     if config.get("use_dora") and (config.get("fan_in_fan_out") or not alone):
         raise BadInput(f"{folder} is DoRA, which rescales the weights that it is added to: merge it alone, without --weights")
     about, given = folder / "yangtuo.json", fingerprint(str(base.folder))
@@ -164,28 +160,10 @@ def open_adapter(folder: Path, base: Weights, allow_pickle: bool, alone: bool) -
                 raise BadInput(f"{folder}: {key} belongs to no tensor of {base.folder}: it was trained on another base, or is not known here")
             if part != "whole" or not same_floats(weights, key, base, found):  # peft may save tables of the base as they were
                 parts.setdefault(found, {})[part] = key
+    trained = [key for those in parts.values() for part, key in those.items() if part not in ("lora_A", "lora_embedding_B", "lora_magnitude_vector")]
+    if (trained or not parts) and not any(weights.floats(key).any() for key in trained):
+        raise BadInput(f"{folder} changes nothing, all its B matrices are zero: it was not trained, or was saved wrongly (tloen/alpaca-lora#446)")
     return Adapter(folder, config, weights, parts)
-
-
-def same_floats(a: Weights, in_a: str, b: Weights, in_b: str) -> bool:
-    """Whether two tensors hold the same numbers."""
-    tensor, other = a.tensors[in_a], b.tensors.get(in_b)
-    return other is not None and tensor.shape == other.shape and all(bool((a.floats(in_a, *rows) == b.floats(in_b, *rows)).all()) for rows in tensor.row_chunks())
-
-
-def carry_tokenizer(adapters: list[Adapter], beside: dict[str, Path]) -> int:
-    """Put the files of the tokenizer that an adapter brings in the place of the base's; returns its number of tokens, or 0."""
-    numbers, owner = {}, None
-    for folder in [adapter.folder for adapter in adapters if (adapter.folder / "tokenizer_config.json").is_file()]:
-        for name in [name for name in beside if name.startswith(TOKENIZER)]:
-            del beside[name]
-        beside.update({file.name: file for file in files_beside(folder) if file.name.startswith((*TOKENIZER, "generation_config"))})
-        found = vocabulary(folder)
-        for token, number in numbers.items():
-            if found.get(token) != number:
-                raise BadInput(f"{owner} and {folder} do not go together: token {token!r} is {number} in one and {found.get(token)} in the other")
-        numbers, owner = found, folder
-    return len(numbers)
 
 
 # ---- what becomes of each tensor ----
@@ -255,7 +233,8 @@ def make_plans(base: Weights, config: dict, adapters: list[Adapter], shares: lis
         parts = dict(adapter.parts)
         if tied and parts.keys() & {embedding, head}:
             # peft adapts one and leaves the other as it was, unless told to; rows, and tables that only grew, stay tied
-            one = "lora_embedding_A" in parts.get(embedding, {}) or embedding.split(".")[-2] in (adapter.config.get("modules_to_save") or [])
+            saved = tuple(f"{module}.weight" for module in adapter.config.get("modules_to_save") or [])
+            one = "lora_embedding_A" in parts.get(embedding, {}) or embedding.endswith(saved)
             if adapter.config.get("ensure_weight_tying"):
                 parts[embedding] = parts[head] = parts.get(embedding) or parts[head]
             elif head not in parts and not one:
@@ -310,7 +289,7 @@ def merge_tensor(base: Weights, shards: Shards, name: str, plan: Plan) -> None:
             data.addmm_(left[first:last], right)
             if magnitude is not None:  # DoRA: of the sum, only the direction of each row counts (arXiv:2402.09353, eq. 5)
                 data *= (magnitude[first:last] / data.norm(dim=1))[:, None]
-        for row in plan.rows.keys() & set(range(first, last)):
+        for row in [row for row in plan.rows if first <= row < last]:
             data[row - first] = average(plan.rows[row])
         data = data.to(torch_dtype(tensor.dtype))
         if not math.isfinite(data.sum(dtype=torch.float32)):  # one pass, where isfinite() takes several

@@ -24,6 +24,7 @@ CHUNK = 2**20  # bytes read, changed and written at once by each thread: they st
 BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of what a model needs besides its weights
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")  # how the names of these tables end
 HEADS = ("lm_head.weight", "embed_out.weight")
+TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")  # how the names of its files begin
 ROTARY = "rotary_emb.inv_freq"  # a buffer that old conversions hold and transformers computes: no weight
 
 
@@ -135,6 +136,13 @@ class Weights:
         return torch.from_numpy(data).view(kind).float().view(-1, *tensor.shape[1:])
 
 
+def same_floats(a: Weights, in_a: str, b: Weights, in_b: str) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if in_b not in b.tensors or a.tensors[in_a].shape != b.tensors[in_b].shape:
+        return False
+    return all(bool((a.floats(in_a, *rows) == b.floats(in_b, *rows)).all()) for rows in a.tensors[in_a].row_chunks())
+
+
 def torch_dtype(dtype: str):
     """The floating-point type of torch that safetensors calls `dtype`, or None."""
     import torch
@@ -169,15 +177,29 @@ def files_beside(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in BESIDE and not file.name.endswith((".index.json", "delta.json")))
 
 
-def vocabulary(folder: Path) -> dict[str, int]:
-    """{token: number} of the tokenizer in a folder, without the seconds that transformers takes where there is a tokenizer.json."""
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
+def carry_tokenizer(folders: list[Path], beside: dict[str, Path]) -> int:
+    """Put the files of the tokenizers in `folders`, if there are any, in the place of those in `beside`: the last one counts.
 
-        return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    from models import load_tokenizer
+    Returns its number of tokens, or 0. BadInput if a token of one has another number in the next.
+    """
+    numbers, owner = {}, None
+    for folder in [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]:
+        for name in [name for name in beside if name.startswith(TOKENIZER)]:
+            del beside[name]
+        beside.update({file.name: file for file in files_beside(folder) if file.name.startswith((*TOKENIZER, "generation_config"))})
+        if (folder / "tokenizer.json").is_file():  # without the seconds that transformers takes
+            from tokenizers import Tokenizer
 
-    return load_tokenizer(str(folder)).get_vocab()
+            found = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        else:
+            from models import load_tokenizer
+
+            found = load_tokenizer(str(folder)).get_vocab()
+        for token, number in numbers.items():
+            if found.get(token) != number:
+                raise BadInput(f"{owner} and {folder} do not go together: token {token!r} is {number} in one and {found.get(token)} in the other")
+        numbers, owner = found, folder
+    return len(numbers)
 
 
 # ---- writing ----

@@ -585,6 +585,8 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path, m
         refused(out, match, lambda: merge(model_folder, adapter, out))
     save_file(weights | {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.full((64, 4), float("nan"))}, adapter / "adapter_model.safetensors")
     refused(out, "q_proj.weight becomes infinite or no number", lambda: merge(model_folder, adapter, out, check=False), RunStopped)
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    refused(out, "changes nothing, all its B matrices are zero", lambda: merge(model_folder, adapter, out))
     quantized = shutil.copytree(model_folder, tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
