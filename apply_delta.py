@@ -12,13 +12,14 @@ written, and what is written is read back. Rows and tensors that the base lacks 
 whole in the delta. Deltas of floating-point numbers, as published for Ziya and by FastChat, are added as their own
 scripts do it, but hold nothing that could tell a wrong base.
 
-Time is that of reading, hashing and writing. Memory is 16 MB a core, whatever the model; see benchmarks/surgery.py.
+Time is that of reading, hashing and writing; memory is 50 MB, for sums 300 MB, whatever the model (benchmarks/surgery.py).
 """
 import hashlib
 import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from pprint import pprint
 
@@ -51,45 +52,40 @@ def main(
     check_new_folder(result, flag)
 
     # ---- load ----
-    old, given, facts = open_model(local_folder(base, allow_pickle), allow_pickle), local_folder(source, allow_pickle), None
+    old, given = open_model(local_folder(base, allow_pickle), allow_pickle), local_folder(source, allow_pickle)
+    exact = make or (given / "delta.json").is_file()
     if make:
-        new = open_model(given, allow_pickle)
+        new, act = open_model(given, allow_pickle), make_tensor
         check_fit(old, new, "target")
-    elif (given / "delta.json").is_file():
+        written = {name: tensor._replace(dtype=integers(tensor)) for name, tensor in new.tensors.items()}
+    elif exact:
         new, facts = open_delta(given)
         check_base(old, facts["base"])
+        act = partial(restore_tensor, facts)
+        written = {name: tensor._replace(dtype=facts["dtypes"][name]) for name, tensor in new.tensors.items()}
     else:
-        new = open_sums(given, allow_pickle)
+        new, act = open_sums(given, allow_pickle), add_tensor
         check_fit(old, new, "delta")
         check_sums(old, new)
+        written = {name: tensor for name, tensor in new.tensors.items() if not name.endswith(ROTARY)}
 
     # ---- apply ----
-    kept = {name: tensor for name, tensor in new.tensors.items() if make or facts or not name.endswith(ROTARY)}
-    written = {name: t._replace(dtype=integers(t) if make else facts["dtypes"][name] if facts else t.dtype) for name, t in kept.items()}
-    beside = [new.folder / name for name in facts["files"]] if facts else files_beside(new.folder)
-    size = sum(tensor.size for tensor in kept.values()) + sum(file.stat().st_size for file in beside)
-    with unfinished_folder(Path(result), size, flag, keep=facts is not None) as unfinished:
+    beside = [new.folder / name for name in facts["files"]] if exact and not make else files_beside(new.folder)
+    size = sum(tensor.size for tensor in written.values()) + sum(file.stat().st_size for file in beside)
+    with unfinished_folder(Path(result), size, flag, keep=exact and not make) as unfinished:
         shards = Shards(unfinished, "delta" if make else "model", written)
-        if make:
-            work = lambda name: make_tensor(old, new, shards, name)
-        elif facts:
-            work = lambda name: restore_tensor(old, new, shards, name, facts)
-        else:
-            work = lambda name: add_tensor(old, new, shards, name)
-        hashes = dict(zip(kept, in_threads(work, list(kept), "making" if make else "applying")))
+        hashes = list(in_threads(lambda name: act(old, new, shards, name), list(written), "making" if make else "applying"))
 
         # ---- save ----
         for file in beside:
             shutil.copyfile(file, unfinished / file.name)
         if make:
-            facts = {"format": 1, "dtypes": {name: tensor.dtype for name, tensor in new.tensors.items()}, "base": {}, "delta": {}, "target": {},
-                     "files": {file.name: file_hash(unfinished / file.name) for file in beside}}
-            for name, of_tensor in hashes.items():
-                facts["delta"][name], facts["target"][name] = of_tensor
-            facts["base"] = dict(hash_all(old))
+            facts = {"format": 1, "files": {file.name: file_hash(unfinished / file.name) for file in beside}, "base": dict(hash_all(old)),
+                     "delta": {name: of_delta for name, (of_delta, _) in zip(written, hashes)},
+                     "target": {name: of_target for name, (_, of_target) in zip(written, hashes)},
+                     "dtypes": {name: tensor.dtype for name, tensor in new.tensors.items()}}
             (unfinished / "delta.json").write_text(json.dumps(facts, indent=1), "utf-8")
-    checked = ", every SHA-256 as delta.json has it" if facts and not make else ""
-    print(f"{result}: {len(kept)} tensors, {size / 1e9:.2f} GB{checked}")
+    print(f"{result}: {len(written)} tensors, {size / 1e9:.2f} GB" + ", every SHA-256 as delta.json has it" * (exact and not make))
 
 
 # ---- what is given ----
@@ -189,7 +185,7 @@ def make_tensor(old: Weights, new: Weights, shards: Shards, name: str) -> tuple[
     return digest(shards, name, tensor.size), target.hexdigest()
 
 
-def restore_tensor(old: Weights, new: Weights, shards: Shards, name: str, facts: dict) -> None:
+def restore_tensor(facts: dict, old: Weights, new: Weights, shards: Shards, name: str) -> None:
     """Write one tensor of the target, if a killed run has not done so, and check it as it was written."""
     size, wanted = new.tensors[name].size, facts["target"][name]
     if name in shards.kept and digest(shards, name, size) == wanted:

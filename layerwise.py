@@ -31,6 +31,7 @@ def hollow_model(weights: Weights, trust_remote_code: bool = False, vocab_size: 
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
     except (OSError, ValueError, ImportError) as problem:
         raise BadInput(f"{weights.folder} is no causal language model that transformers can load: {first_line(problem)}") from None
+    model.tie_weights()  # init_empty_weights takes ties apart
     hollow = {p: Parameter(torch.tensor(torch.nan).expand(p.shape), requires_grad=False) for p in model.parameters()}
     for module in model.modules():
         module._parameters.update({name: hollow[p] for name, p in module._parameters.items() if p is not None})  # tied ones stay one

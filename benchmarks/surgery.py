@@ -24,7 +24,7 @@ from utils import cli
 
 MERGE = ["python", "merge_lora.py", "--model_name_or_path", "base", "--lora_path", "adapter", "--output_dir", "out"]
 WAYS = {  # name: what it does, and the command, in a folder with base, tuned, delta, sums and adapter
-    "cp": ("copy of the base", ["cp", "-r", "base", "out"]),
+    "cp": ("copy of the base", ["cp", "-r", "--reflink=never", "base", "out"]),
     "apply_delta.py, exact": ("delta", ["python", "apply_delta.py", "--base", "base", "--target", "out", "--delta", "delta"]),
     "apply_delta.py, sums": ("delta", ["python", "apply_delta.py", "--base", "base", "--target", "out", "--delta", "sums"]),
     "transformers, sums": ("delta", ["python", "benchmarks/surgery.py", "--way", "add"]),
@@ -50,15 +50,16 @@ def main(
         repeats: Runs of each way, taking turns; the table has their medians and spread.
         threads: Of the CPU.
         work_dir: Folder on the disk to measure on; else that of temporary files.
-        way: What a process of the whole-model ways does: add or merge.
+        way: What this process does: inputs, add or merge; by itself it starts one process for each.
     """
     if way:
-        return {"add": add_whole, "merge": merge_whole}[way]()
+        return make_inputs(Path(), float(sizes)) if way == "inputs" else add_whole() if way == "add" else merge_whole()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     print("| model | task | way | seconds, median | spread | times cp | peak memory |\n|---|---|---|---|---|---|---|")
     for size in map(float, sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-            make_inputs(Path(folder), size)
+            # in a process of its own: memory at the fork would count for what is measured
+            subprocess.run([sys.executable, Path(__file__).resolve(), "--way", "inputs", "--sizes", str(size)], cwd=folder, env=environment, check=True)
             runs = {name: [] for name in WAYS}
             for _ in range(repeats):
                 for name, (_, command) in WAYS.items():

@@ -343,7 +343,7 @@ def make_adapter(base, folder, seed: int = 0, rows: int = 0, **config):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
-        model.resize_token_embeddings(rows)
+        model.resize_token_embeddings(rows).weight.data[len(AutoTokenizer.from_pretrained(base)):] = torch.randn(64)
     adapted = get_peft_model(model, LoraConfig(**dict(task_type="CAUSAL_LM", r=4, lora_alpha=8) | config))
     with torch.no_grad():
         for name, p in adapted.named_parameters():
