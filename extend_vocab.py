@@ -27,6 +27,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from tensors import local_folder
 from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, show, whole_folder
 from vocabulary import CHINESE, Vocabulary, corpus_files, learn_pieces, load_base_tokenizer, read_corpus, read_pieces
 
@@ -188,20 +189,6 @@ def encode_lines(tokenizer, lines: list[str]) -> list[list[int]]:
 
 
 # ---- weights ----
-def local_folder(model_name_or_path: str, allow_pickle: bool) -> Path:
-    """The folder of a model; of one on the hub, its files are fetched first."""
-    if Path(model_name_or_path).is_dir():
-        return Path(model_name_or_path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(model_name_or_path, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"] + ["*.bin"] * allow_pickle)
-    except (OSError, ValueError) as problem:
-        raise BadInput(f"{model_name_or_path} cannot be fetched from the hub: {str(problem).strip().splitlines()[0]}") from None
-    check_model(folder, allow_pickle)
-    return Path(folder)
-
-
 def weight_files(folder: Path, scratch: Path) -> list[Path]:
     """The safetensors files of a model; pickles become such files in `scratch`."""
     import torch

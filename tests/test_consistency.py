@@ -8,7 +8,7 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.read_text("utf-8").endswith('if __name__ == "__main__":\n    cli(main)\n'))
 SOURCES = {path.name: path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]}
-SHARED = {"utils.py", "records.py", "chat.py", "models.py", "training.py", "vocabulary.py"}
+SHARED = {"utils.py", "records.py", "chat.py", "models.py", "training.py", "vocabulary.py", "tensors.py", "layerwise.py"}
 
 
 def main_of(script):
@@ -41,7 +41,7 @@ def test_a_flag_means_and_stands_the_same_in_every_script(a, b):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_headings_come_in_order(script):
     headings = re.findall(r"^    # ---- (\w+) ----$", SOURCES[script], re.M)
-    assert headings[0] == "load" and headings == [h for h in ("load", "prepare", "train", "answer", "look", "merge", "quantize", "extend", "estimate", "save") if h in headings]
+    assert headings[0] == "load" and headings == [h for h in ("load", "prepare", "train", "answer", "look", "apply", "merge", "quantize", "extend", "estimate", "save") if h in headings]
 
 
 def test_two_functions_of_one_name_have_one_body():
@@ -56,7 +56,7 @@ def test_importing_a_script_does_nothing_and_takes_no_torch():
     for script in SCRIPTS:
         for node in ast.parse(SOURCES[script]).body:
             assert isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.If, ast.Assign)), ast.unparse(node)[:60]
-            heavy = {"torch", "transformers", "peft", "datasets", "models", "training", "gradio"}
+            heavy = {"torch", "transformers", "peft", "datasets", "models", "training", "layerwise", "gradio"}
             assert not isinstance(node, ast.Import) or not heavy & {alias.name.split(".")[0] for alias in node.names}
             assert not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in heavy
 

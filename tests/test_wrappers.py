@@ -24,11 +24,11 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda path: path.name)
 def test_a_wrapper_passes_only_flags_that_its_script_has(run, wrapper):
-    words = run(wrapper, "--seed", "7", MODEL_PATH="my/model", BASE_MODEL="my/model", LORA_PATH="my adapter", DATA_PATH="my data.json")
+    words = run(wrapper, "--seed", "7", MODEL_PATH="my/model", BASE_MODEL="my/model", LORA_PATH="my adapter", DELTA_PATH="my delta", DATA_PATH="my data.json")
     own = words[words.index(f"{wrapper.stem}.py") + 1:]
     given = [word.removeprefix("--") for word in own if word.startswith("--")]
     assert set(given) - {"seed"} <= set(flags_of(f"{wrapper.stem}.py")) and given[-1] == "seed"  # last, so that the caller's flags win
-    assert "my/model" in own and ("my data.json" in own or "my adapter" in own)  # blanks survive
+    assert "my/model" in own and {"my data.json", "my adapter", "my delta"} & set(own)  # blanks survive
 
 
 @pytest.mark.parametrize("wrapper", [path for path in WRAPPERS if "torchrun" in path.read_text()], ids=lambda path: path.name)
