@@ -10,10 +10,10 @@ Writes  output_dir/, a model in the base's own type, with the tokenizer and chat
 
 Several adapters are merged in turn: what they add is summed, and of rows and layers that they replace the last one's
 stand. With --weights what they add is multiplied, and what they replace is averaged. Adapters that were trained in 8 or
-4 bit are merged into the 16-bit base. Sums are in fp32 and rounded once. takes 300 MB, whatever the model (benchmarks/surgery.py).
+4 bit are merged into the 16-bit base. Sums are in fp32 and rounded once.
 
-The check runs base + adapter, through peft, and the merged model layer by layer, on a GPU if there is one. It takes one
-layer or table in fp32, the adapters, the logits of 256 tokens, and half a GB for libraries; --check False leaves it out.
+Merging takes 300 MB, whatever the model (benchmarks/surgery.py). The check behind it runs base + adapter (by peft) and the
+merged model layer by layer, on a GPU if there is one: half a GB for libraries, one layer or table in fp32, the adapters.
 """
 import json
 import math
