@@ -129,7 +129,7 @@ def check_fit(old: Weights, new: Weights, flag: str) -> None:
         raise BadInput(f"--{flag}={new.folder} has {len(extra)} tensors that the base lacks, {extra[0]} for one")
     for name in [name for name in new.tensors if name in old.tensors and not name.endswith(ROTARY)]:
         a, b = old.tensors[name], new.tensors[name]
-        if (a.shape[1:] != b.shape[1:] or a.shape[:1] > b.shape[:1] or len(a.shape) != len(b.shape)):
+        if a.shape[1:] != b.shape[1:] or a.shape[:1] > b.shape[:1] or len(a.shape) != len(b.shape):
             raise BadInput(f"--{flag}={new.folder}: {name} is {list(b.shape)}, in the base it is {list(a.shape)}: it was made from another base")
         if flag == "target" and integers(a) != integers(b):
             raise BadInput(f"--{flag}={new.folder}: {name} is of type {b.dtype}, in the base of type {a.dtype}: save both in types of one width first")

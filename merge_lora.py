@@ -12,9 +12,8 @@ Several adapters are merged in turn: what they add is summed, and of rows and la
 stand. With --weights what they add is multiplied, and what they replace is averaged. Adapters that were trained in 8 or
 4 bit are merged into the 16-bit base. Sums are in fp32 and rounded once.
 
-Merging takes 300 MB, whatever the model (benchmarks/surgery.py). The check runs base + adapter, through peft, and the
-merged model layer by layer, on a GPU if there is one: it takes one layer or table in fp32, the adapters, the logits of
-256 tokens, and half a GB for the libraries. Nothing is written if the two differ by more than rounding explains.
+Merging takes 300 MB, whatever the model (benchmarks/surgery.py). The check behind it runs base + adapter (by peft) and the
+merged model layer by layer, on a GPU if there is one: half a GB for libraries, one layer or table in fp32, the adapters.
 """
 import json
 import math

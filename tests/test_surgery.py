@@ -261,6 +261,15 @@ def bin_folder(folder: Path, weights: dict[str, torch.Tensor], like: Path) -> Pa
     return folder
 
 
+def test_pickled_models_have_exact_deltas_too(pair, tmp_path):
+    base, target = bin_folder(tmp_path / "base bin", read(pair[0]), pair[0]), bin_folder(tmp_path / "target bin", read(pair[1]), pair[1])
+    make = lambda **flags: apply_delta.main(base=str(base), target=str(target), delta=str(tmp_path / "delta"), make=True, **flags)
+    refused(tmp_path / "delta", "pickle.*--allow_pickle True", make)
+    make(allow_pickle=True)
+    for number, applied_to in enumerate((base, pair[0])):
+        assert same_bits(restore(applied_to, tmp_path / "delta", tmp_path / f"again{number}", allow_pickle=True), read(pair[1]))
+
+
 @pytest.mark.parametrize("kind", ["FastChat", "Ziya"])
 def test_published_deltas_of_floats_are_summed_as_their_scripts_do(kind, model_folder, tmp_path, capsys):
     base = {name: tensor.half() for name, tensor in read(model_folder).items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)}
