@@ -173,6 +173,8 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False) -> None:
         if "adapter_config.json" in names:
             what = "is a LoRA adapter: give its base as the model and this as --lora_path"
         raise BadInput(f"{folder} {what} (it holds {', '.join(sorted(names)[:8]) or 'nothing'})")
+    if "delta.json" in names:
+        raise BadInput(f"{folder} is a delta, which only babbles by itself: make the model of it with apply_delta.py")
     for index in names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"}:
         missing = sorted(set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values()) - names)
         if missing:
