@@ -80,8 +80,6 @@ def main(
     beside = {file.name: file for file in files_beside(base.folder)}
     plans = make_plans(base, config, adapters, shares, tokens=carry_tokenizer([adapter.folder for adapter in adapters], beside))
     size = sum(plan.tensor.size for plan in plans.values()) + sum(file.stat().st_size for file in beside.values())
-    import torch
-
     if check:
         from layerwise import attach, compare_logits, hollow_model, layerwise_logits, read_prompts
 
@@ -92,11 +90,9 @@ def main(
 
     # ---- merge ----
     with unfinished_folder(Path(output_dir), size, "output_dir") as unfinished:
-        shards, threads = Shards(unfinished, "model", {name: plan.tensor for name, plan in plans.items()}), torch.get_num_threads()
-        torch.set_num_threads(1)  # several tensors are merged at the same time instead
+        shards = Shards(unfinished, "model", {name: plan.tensor for name, plan in plans.items()})
         for _ in in_threads(lambda name: merge_tensor(base, shards, name, plans[name]), list(plans), "merging"):
             pass
-        torch.set_num_threads(threads)
 
         # ---- save ----
         for name, file in beside.items():

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,11 +300,16 @@ def unfinished_folder(folder: Path, size: int, flag: str, keep: bool = False):
 
 
 def in_threads(work, items: list, about: str):
-    """Yield work(item) in the order of the items; reading, writing and hashing of large pieces run at the same time."""
+    """Yield work(item) in the order of the items; reading, writing, hashing and adding of large pieces run at the same time."""
     from tqdm import tqdm
 
-    pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
+    pool, torch = ThreadPoolExecutor(min(8, 2 * len(os.sched_getaffinity(0)))), sys.modules.get("torch")  # some wait for the disk
+    threads = torch.get_num_threads() if torch else 0
     try:
+        if torch:
+            torch.set_num_threads(1)  # each of ours adds up alone
         yield from tqdm(pool.map(work, items), about, len(items), unit=" tensors", leave=False)
     finally:
         pool.shutdown(cancel_futures=True)
+        if torch:
+            torch.set_num_threads(threads)

@@ -41,6 +41,7 @@ def main(
     repeats: int = 5,
     threads: int = 2,
     work_dir: str | None = None,
+    only: str = "",
     way: str = "",
 ):
     """Print a table of seconds and peak memory, ours and theirs.
@@ -50,6 +51,7 @@ def main(
         repeats: Runs of each way, taking turns; the table has their medians and spread.
         threads: Of the CPU.
         work_dir: Folder on the disk to measure on; else that of temporary files.
+        only: Part of the names of the ways to run, and cp; else all.
         way: What this process does: inputs, add or merge; by itself it starts one process for each.
     """
     if way:
@@ -60,14 +62,14 @@ def main(
         with tempfile.TemporaryDirectory(dir=work_dir) as folder:
             # in a process of its own: memory at the fork would count for what is measured
             subprocess.run([sys.executable, Path(__file__).resolve(), "--way", "inputs", "--sizes", str(size)], cwd=folder, env=environment, check=True)
-            runs = {name: [] for name in WAYS}
+            runs = {name: [] for name in WAYS if only in name or name == "cp"}
             for _ in range(repeats):
-                for name, (_, command) in WAYS.items():
-                    runs[name].append(measure(command, Path(folder), environment))
+                for name, times in runs.items():
+                    times.append(measure(WAYS[name][1], Path(folder), environment))
         cp = statistics.median(seconds for seconds, _ in runs["cp"])
-        for name, (task, _) in WAYS.items():
-            seconds, memory = zip(*runs[name])
-            print(f"| {size} GB | {task} | {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to {max(seconds):.1f} "
+        for name, times in runs.items():
+            seconds, memory = zip(*times)
+            print(f"| {size} GB | {WAYS[name][0]} | {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to {max(seconds):.1f} "
                   f"| {statistics.median(seconds) / cp:.1f} | {statistics.median(memory) / 1e6:,.0f} MB |", flush=True)
 
 
