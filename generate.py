@@ -69,7 +69,7 @@ def main(
         repetition_penalty: Above 1 makes tokens that were said already less likely.
         seed: Of everything random.
     """
-    check_model(model_name_or_path, allow_pickle)
+    check_model(model_name_or_path, allow_pickle, quantized=True)
     check_file("input_file", input_file)
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")

@@ -16,11 +16,12 @@ from tensors import EMBEDDINGS, HEADS, Weights
 from utils import BadInput, RunStopped
 
 
-def hollow_model(weights: Weights, trust_remote_code: bool = False, vocab_size: int | None = None):
+def hollow_model(weights: Weights, trust_remote_code: bool = False, vocab_size: int | None = None, attention: str | None = None):
     """The model of a folder without its weights: each is one NaN, spread over its shape, so that none can be used unread.
 
     Args:
         vocab_size: Rows of the tables, if there are to be more than in the files.
+        attention: How packed documents are kept apart, see training.choose_attention.
     """
     from accelerate import init_empty_weights
 
@@ -28,7 +29,7 @@ def hollow_model(weights: Weights, trust_remote_code: bool = False, vocab_size: 
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=trust_remote_code)
         config.vocab_size = vocab_size or config.vocab_size
         with init_empty_weights():  # what is computed rather than read, as rotary frequencies, is there
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code).eval()
     except (OSError, ValueError, ImportError) as problem:
         raise BadInput(f"{weights.folder} is no causal language model that transformers can load: {first_line(problem)}") from None
     model.tie_weights()  # init_empty_weights takes ties apart
@@ -99,8 +100,8 @@ def attach(model, adapters: list, shares: list[float] | None) -> None:
             module.set_adapter(last)
 
 
-def layerwise_logits(model, weights: Weights, ids: list[list[int]]) -> torch.Tensor:
-    """Logits (N, vocabulary) of a hollow model at the N tokens of some texts, in fp32, on a GPU if there is one."""
+def stream_layers(model, weights: Weights) -> str:
+    """Let a hollow model read each layer just before it runs and forget it behind; returns the device that it runs on, a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = {module: name for name, module in model.named_modules()}
     layers = [layer for child in model.base_model.children() for layer in (child if isinstance(child, torch.nn.ModuleList) else [child])]
@@ -113,11 +114,17 @@ def layerwise_logits(model, weights: Weights, ids: list[list[int]]) -> torch.Ten
         filled.update(p for _, _, p, _ in places)
     for name, p in model.named_parameters():
         if is_hollow(p) and p not in filled and ".original_module." not in name:
-            raise BadInput(f"{name} lies outside of the layers of this model, so it cannot be run layer by layer: add --check False")
+            raise BadInput(f"{name} lies outside of the layers of this model, so it cannot be run layer by layer (merge_lora.py goes on with --check False)")
     for module in model.modules():  # what there is of weights: adapters, and what is computed
         for p in module.parameters(recurse=False):
             p.data = p.data if is_hollow(p) else p.data.to(device)
         module._buffers.update({name: value.to(device) for name, value in module._buffers.items() if value is not None})
+    return device
+
+
+def layerwise_logits(model, weights: Weights, ids: list[list[int]]) -> torch.Tensor:
+    """Logits (N, vocabulary) of a hollow model at the N tokens of some texts, in fp32, on a GPU if there is one."""
+    device = stream_layers(model, weights)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in ids], batch_first=True)  # behind, where no token sees it
     with torch.inference_mode():
         logits = model(input_ids=padded.to(device), use_cache=False).logits.float().cpu()
@@ -160,7 +167,7 @@ def file_name(weights: Weights, name: str) -> str:
     for candidate in (name, name.partition(".")[2], embedding if name.endswith(HEADS) else None):
         if candidate in weights.tensors:
             return candidate
-    raise BadInput(f"{weights.folder} has no tensor {name}, so it cannot be run layer by layer: add --check False")
+    raise BadInput(f"{weights.folder} has no tensor {name}, so it cannot be run layer by layer (merge_lora.py goes on with --check False)")
 
 
 def _fill(weights: Weights, device: str, places: list, *_) -> None:

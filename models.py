@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no other
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from gptq_format import dequantized_state, gptq_config, has_gptqmodel
 from utils import BadInput, fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,17 +67,24 @@ def load_model(model_name_or_path: str, dtype: torch.dtype, bits: int = 16, *, a
     Args:
         dtype: Of the weights that stay unquantized, and of the arithmetic.
         bits: 16 for the weights as they are, 8 for LLM.int8 (arXiv:2208.07339), 4 for NF4 with double quantization
-            (QLoRA, arXiv:2305.14314).
+            (QLoRA, arXiv:2305.14314). A GPTQ folder has its own, and is made 16 bit again where gptqmodel is not installed.
     """
-    quantization = None
+    quantization, kind, name, given = None, AutoModelForCausalLM, model_name_or_path, {}
+    if gptq := gptq_config(model_name_or_path):
+        if bits < 16:
+            raise BadInput(f"--bits={bits}: {model_name_or_path} is quantized already, to {gptq['bits']} bits by GPTQ: leave --bits at 16")
+        if not has_gptqmodel():
+            skeleton = load_skeleton(model_name_or_path, trust_remote_code)
+            del skeleton.config.quantization_config
+            kind, name, given = type(skeleton), None, dict(config=skeleton.config, state_dict=dequantized_state(model_name_or_path, gptq["bits"], dtype))
     if bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     elif bits == 4:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, dtype=dtype, quantization_config=quantization, attn_implementation=attn_implementation, device_map=device_map,
-            trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True, output_loading_info=True)
+        model, loaded = kind.from_pretrained(
+            name, dtype=dtype, quantization_config=quantization, attn_implementation=attn_implementation, device_map=device_map,
+            trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True, output_loading_info=True, **given)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
         raise BadInput(f"{model_name_or_path} could not be loaded: {first_line(problem)}") from problem
     missing = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])

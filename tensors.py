@@ -214,7 +214,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path, stem: str, tensors: dict[str, Tensor]):
-        self.streams, self.places, self.kept, weight_map = [], {}, set(), {}
+        self.tensors, self.streams, self.places, self.kept, weight_map = tensors, [], {}, set(), {}
         sources = list(dict.fromkeys(tensor.file for tensor in tensors.values()))
         count = len(sources)
         files = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)] if count > 1 else [f"{stem}.safetensors"]

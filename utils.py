@@ -160,8 +160,12 @@ def whole_folder(folder: Path):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_model(model_name_or_path: str, allow_pickle: bool = False) -> None:
-    """BadInput if a folder cannot be loaded as a model; a name that is no folder is left to the hub."""
+def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: bool = False) -> None:
+    """BadInput if a folder cannot be loaded as a model; a name that is no folder is left to the hub.
+
+    Args:
+        quantized: Whether a model of quantize_gptq.py's can be used as well.
+    """
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name_or_path) or folder.parent.is_dir():
@@ -175,6 +179,8 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False) -> None:
         raise BadInput(f"{folder} {what} (it holds {', '.join(sorted(names)[:8]) or 'nothing'})")
     if "delta.json" in names:
         raise BadInput(f"{folder} is a delta, which only babbles by itself: make the model of it with apply_delta.py")
+    if not quantized and "quantize_config.json" in names:
+        raise BadInput(f"{folder} is quantized, its weights are for generate.py alone: give the 16-bit model that it was made from")
     for index in names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"}:
         missing = sorted(set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values()) - names)
         if missing:

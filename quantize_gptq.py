@@ -1,0 +1,385 @@
+"""Quantize a model to 8, 4, 3 or 2 bits by GPTQ (arXiv:2210.17323), in the format that gptqmodel, transformers and vLLM load.
+
+Reads   a model in 16 or 32 bit, and text or records like those it will be used on
+Writes  output_dir/, the quantized model with its tokenizer. Next: generate.py
+
+    bash scripts/quantize_gptq.sh
+    python quantize_gptq.py --model_name_or_path M --calibration_path D --output_dir O --bits 4 --group_size 128
+
+Rounding a weight makes an error in what the layer puts out; GPTQ makes up for it in the weights that are not rounded yet,
+by how the layer's inputs go together in the calibration data. The model is run once, layer by layer from its files: a
+matrix is quantized at the moment its inputs come, and its result goes on to the next, so that each makes up for those
+before it. Text that was held out runs along three times, through original, rounded and quantized weights: the table at
+the end is of one pass. A run that was stopped goes on behind its last matrix.
+
+Memory: one layer in fp32, its inputs (tokens x width x 4 bytes; three times the inner width in the MLP), and one Hessian.
+Embedding and head stay in 16 bit.
+"""
+import copy
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tensors import CHUNK, Shards, Tensor, Weights, check_new_folder, files_beside, local_folder, open_model, unfinished_folder
+from utils import BadInput, RunStopped, check_file, check_positive, cli, fingerprint, show
+
+BLOCK = 32  # columns whose errors are passed on together; divides every group
+PROGRESS = "progress.txt"  # in the unfinished folder: the facts of the run, then the matrices that are done, a line each
+
+
+def main(
+    *,
+    # model and data
+    model_name_or_path: str,
+    calibration_path: str,
+    eval_path: str | None = None,
+    output_dir: str = "output/quantize_gptq",
+    template: str = "auto",
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    # quantization
+    bits: Literal[8, 4, 3, 2] = 4,
+    group_size: int = 128,
+    desc_act: bool = False,
+    sym: bool = True,
+    damp_percent: float = 0.05,
+    calibration_size: int = 128,
+    seed: int = 42,
+):
+    """Quantize a model by GPTQ.
+
+    Args:
+        model_name_or_path: Folder or hub name of the base model.
+        calibration_path: Text, or records in any format of sample/README.md: a file, or a folder of text.
+        eval_path: File of records to evaluate on.
+        output_dir: Folder for checkpoints and the result.
+        template: Prompt format: auto (the model's own), alpaca, vicuna_chat, yayi, chatml, ziya, llama2_chinese, llama2 or plain.
+        max_length: Tokens per example; what is longer is cut into windows, a dialogue into whole rounds.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Load weights that are pickles, which can run code.
+        bits: Of a quantized weight: 8, 4, 3 or 2.
+        group_size: Inputs that share a scale and a zero point, a multiple of 32; -1 for all inputs of a layer.
+        desc_act: Sort all inputs by size before they are grouped: a little better with few bits, slower to run.
+        sym: Put the zero in the middle of the codes, as the fastest kernels want it; else where it fits the weights.
+        damp_percent: Share of the mean of the Hessian's diagonal that is added to it.
+        calibration_size: Times max_length tokens are calibrated on.
+        seed: Of everything random.
+    """
+    flags = dict(locals())
+    show(flags)
+    check_new_folder(output_dir, "output_dir")
+    for flag, path in (("calibration_path", calibration_path), ("eval_path", eval_path)):
+        if not os.path.isdir(path or ""):
+            check_file(flag, path)
+    check_positive(max_length=max_length, damp_percent=damp_percent, calibration_size=calibration_size)
+    if group_size != -1 and (group_size <= 0 or group_size % BLOCK):
+        raise BadInput(f"--group_size={group_size} is no multiple of {BLOCK}, nor -1 for one group")
+
+    # ---- load ----
+    base = open_model(local_folder(model_name_or_path, allow_pickle), allow_pickle)
+    import torch
+
+    from gptq_format import file_tensors
+    from layerwise import hollow_model, stream_layers
+    from models import load_skeleton, load_tokenizer
+    from training import choose_attention, collate
+
+    attention = choose_attention(load_skeleton(str(base.folder), trust_remote_code), "fp32", max_length)
+    model = hollow_model(base, trust_remote_code, attention=attention)
+    linear = linear_layers(model, base, group_size)
+    tokenizer = load_tokenizer(str(base.folder), trust_remote_code)
+    calibrated, evaluated = choose_examples(tokenizer, template, calibration_path, eval_path, max_length, calibration_size, seed)
+    if max(max(example["input_ids"]) for example in calibrated + evaluated) >= model.config.vocab_size:
+        raise BadInput(f"--template={template} writes tokens that {base.folder} does not have: take the template that it was trained with")
+    batch = collate([calibrated, evaluated, evaluated, evaluated], padded=attention is None)
+    positions = [len(examples) * batch["input_ids"].shape[1] if attention is None else sum(len(example["input_ids"]) for example in examples)
+                 for examples in (calibrated, evaluated)]
+    print(f"calibrating on {len(calibrated):,} examples, {positions[0]:,} tokens; evaluating on {len(evaluated):,}, {positions[1]:,} tokens", file=sys.stderr)
+    tensors = {}
+    for name, tensor in base.tensors.items():
+        tensors |= file_tensors(name, tensor, name in linear, bits, group_size)
+    settings = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=damp_percent)
+    facts = settings | {"base": fingerprint(str(base.folder)), "text": hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()}
+
+    # ---- quantize ----
+    started = time.monotonic()
+    size = sum(tensor.size for tensor in tensors.values())
+    with unfinished_folder(Path(output_dir), size, "output_dir", keep=True) as unfinished:
+        quantizer = Quantizer(unfinished, tensors, facts, linear, positions, batch.get("attention_mask"))
+        device = stream_layers(model, base)
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+        lengths = {"document_lengths": batch["document_lengths"]} if attention == "documents" else {}
+        with torch.inference_mode(), quantizer.bar:
+            hidden = model.base_model(**inputs, use_cache=False, **lengths)[0]
+            perplexities = evaluate(model, base, hidden, batch["labels"].to(device), quantizer.splits)
+        for name in base.tensors.keys() - linear.keys():
+            copy_tensor(base, quantizer.shards, name, tensors[name])
+
+        # ---- save ----
+        for file in files_beside(base.folder):
+            shutil.copyfile(file, unfinished / file.name)
+        config = json.loads((base.folder / "config.json").read_text("utf-8"))
+        if "F32" in {tensor.dtype for tensor in base.tensors.values()}:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+        written = settings | {"quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False, "true_sequential": True, "static_groups": False}
+        for name, about in (("config.json", config | {"quantization_config": written}), ("quantize_config.json", written)):
+            (unfinished / name).write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+        (unfinished / PROGRESS).unlink()
+    seconds, before = time.monotonic() - started, sum(tensor.size for tensor in base.tensors.values())
+    print(f"{'weights':18}{'perplexity':>10}{'size':>12}{'time':>10}", file=sys.stderr)
+    for name, key, stored, took in (("original", "original", before, ""), ("rounded (RTN)", "rounded", size, ""), ("GPTQ", "gptq", size, f"{seconds:.0f} s")):
+        print(f"{name:18}{perplexities[key]:10.3f}{stored / 1e9:9.3f} GB{took:>10}", file=sys.stderr)
+    print(json.dumps({"perplexity": perplexities, "bytes": size, "bytes_before": before, "seconds": round(seconds, 1), "output_dir": output_dir}))
+
+
+# ---- what is given ----
+def linear_layers(model, base: Weights, group_size: int) -> dict:
+    """{name of its weight in the files: module} of what is quantized: the linear layers inside of the blocks. BadInput if one cannot be."""
+    import torch
+
+    from layerwise import file_name
+
+    blocks = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+    linear = {module for module in blocks.modules() if isinstance(module, torch.nn.Linear)}
+    rest = [name for name, p in blocks.named_parameters() if p.dim() > 1 and not any(p is module.weight for module in linear)]
+    if rest or not linear:
+        raise BadInput(f"{base.folder}: most of this model is not in linear layers but in others ({(rest or ['none'])[0]}), which are not known here")
+    found = {}
+    for name, module in model.named_modules():
+        if module in linear:
+            if module.in_features % BLOCK or module.out_features % BLOCK or module.in_features % max(group_size, 1):
+                sizes = [g for g in (128, 64, 32) if module.in_features % g == 0 and module.out_features % BLOCK == 0]
+                raise BadInput(f"--group_size={group_size}: {name} has {module.in_features} inputs and {module.out_features} outputs; "
+                               + (f"take {sizes[0]}" if sizes else f"only multiples of {BLOCK} can be quantized"))
+            found[file_name(base, f"{name}.weight")] = module
+    return found
+
+
+def holds_text(path: str) -> bool:
+    """Whether a file holds documents, rather than instructions or dialogues."""
+    from records import read_rows
+
+    if os.path.isdir(path) or path.endswith(".txt"):
+        return True
+    row = next(iter(read_rows(path, Counter())), None)
+    return isinstance(row, dict) and bool({"text", "completion", "content"} & row.keys()) and not str(row.get("text")).startswith("<s>Human:")
+
+
+def choose_examples(tokenizer, template: str, calibration_path: str, eval_path: str | None, max_length: int, calibration_size: int, seed: int):
+    """Examples to calibrate on, calibration_size * max_length tokens of them, and a quarter as many others to evaluate on, 16 * max_length at most."""
+    import numpy
+
+    from chat import Chat, hold_out, tokenize_documents, tokenize_records
+
+    def read(path: str):
+        if holds_text(path):
+            return tokenize_documents(path, Chat(copy.deepcopy(tokenizer), "plain"), max_length)
+        return tokenize_records(path, Chat(copy.deepcopy(tokenizer), template), max_length)
+
+    examples = read(calibration_path)
+    others, chosen, held = read(eval_path) if eval_path else examples, numpy.arange(len(examples)), None
+    if eval_path:
+        held = numpy.arange(len(others))
+    else:
+        records = len(numpy.unique(examples.records))
+        if records < 2:
+            raise BadInput(f"--calibration_path={calibration_path} holds one record only: give more, or an --eval_path")
+        chosen, held = hold_out(examples, max(1, records // 4), seed)
+
+    def take(source, numbers, tokens: int) -> list[dict]:
+        numbers = numpy.random.default_rng(seed).permutation(numbers)
+        enough = int(numpy.searchsorted(numpy.cumsum(source.lengths[numbers]), tokens)) + 1  # the last one may be longer than what is left
+        return [source[int(e)] for e in sorted(numbers[:enough])]
+
+    return take(examples, chosen, calibration_size * max_length), take(others, held, min(16, max(1, calibration_size // 4)) * max_length)
+
+
+def copy_tensor(base: Weights, shards: Shards, name: str, tensor: Tensor) -> None:
+    """Write a tensor that is not quantized; what was of 32 bit has 16."""
+    import torch
+
+    if tensor.dtype != base.tensors[name].dtype:
+        for first, last in base.tensors[name].row_chunks():
+            shards.write(name, first * tensor.row * 2, base.floats(name, first, last).half().view(torch.uint8).numpy())
+        return
+    for start in range(0, tensor.size, CHUNK):
+        shards.write(name, start, base.read(name, start, start + CHUNK))
+
+
+# ---- one pass through the model ----
+class Quantizer:
+    """What the linear layers of a model do when their inputs come: quantize themselves, and put out what they will from now on.
+
+    The rows of every input are the positions of one batch: those to calibrate on, then three times those to evaluate on, for
+    the quantized, the original and the rounded weights.
+
+    Args:
+        folder: Of the result; what an earlier run with the same facts finished there is taken as it is.
+        positions: To calibrate and to evaluate on.
+        mask: (B, T), 0 where a padded row is empty, or None.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], facts: dict, linear: dict, positions: list[int], mask):
+        from tqdm import tqdm
+
+        self.facts, self.splits, self.shared = facts, [sum(positions), positions[1], positions[1]], (None, None, None)
+        self.real = slice(positions[0]) if mask is None else mask.flatten()[: positions[0]].nonzero()[:, 0]
+        begun = (folder / PROGRESS).read_text("utf-8").split("\n")[:-1] if (folder / PROGRESS).is_file() else []  # a line without end was cut off
+        for name, before in (json.loads(begun[0]) if begun else {}).items():
+            if before != facts[name]:
+                raise BadInput(f"{folder} was begun with {name} = {str(before)[:20]}, now it is {str(facts[name])[:20]}: give the same, or remove that folder")
+        self.shards = Shards(folder, "model", tensors)
+        self.done = {name for name in begun[1:] if f"{name}.qweight" in self.shards.kept}
+        self.progress = open(folder / PROGRESS, "w", encoding="utf-8")
+        self.note(json.dumps(facts), *sorted(self.done))
+        self.bar = tqdm(total=len(linear), desc="quantizing", unit=" matrices")
+        for name, module in linear.items():
+            module.forward = partial(self.forward, name.removesuffix(".weight"), module)
+
+    def note(self, *lines: str) -> None:
+        self.progress.write("".join(f"{line}\n" for line in lines))
+        self.progress.flush()
+
+    def write(self, name: str, parts: dict) -> None:
+        for part, tensor in parts.items():
+            data = tensor.cpu().numpy().tobytes()
+            self.shards.write(f"{name}.{part}", 0, data)
+            if self.shards.read(f"{name}.{part}", 0, len(data)) != data:
+                raise RunStopped(f"{name}.{part} was written, but reads back otherwise: is the disk damaged?")
+        self.note(name)
+
+    def forward(self, name: str, module, x):
+        """x (..., in) -> (..., out)."""
+        import torch
+        from torch.nn import functional as F
+
+        from gptq_format import dequantize, read_parts, to_parts
+
+        weight, rows, bits = module.weight, x.reshape(-1, x.shape[-1]), self.facts["bits"]  # (out, in), (N, in)
+        if name in self.done:
+            parts = {part: tensor.to(x.device) for part, tensor in read_parts(self.shards, name).items()}
+        else:
+            if self.shared[0] is not x:  # query, key and value have one input
+                self.shared = x, *inverse_factor(hessian(rows[self.real]), self.facts)
+            parts = to_parts(*quantize(weight, *self.shared[1:], self.facts), bits)
+            self.write(name, parts)
+        rounded = round_to_nearest(weight, self.facts)
+        outputs = zip(rows.split(self.splits), (dequantize(parts, bits), weight, rounded))
+        self.bar.update()
+        return torch.cat([F.linear(part, matrix, module.bias) for part, matrix in outputs]).view(*x.shape[:-1], -1)
+
+
+def evaluate(model, base: Weights, hidden, labels, splits: list[int]) -> dict[str, float]:
+    """Perplexities on the three copies of what is evaluated on, from the last hidden states (B, T, D) and the labels (B, T)."""
+    import torch
+    from torch.nn import functional as F
+
+    from layerwise import file_name
+    from training import LOGITS_AT_ONCE, head_chunk
+
+    name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    head = partial(F.linear, weight=base.floats(file_name(base, f"{name}.weight")).to(hidden.device))
+    hidden, targets = hidden.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (N, D), (N,)
+    perplexities, end = {}, len(targets)
+    for name, count in zip(("rounded", "original", "gptq"), reversed((splits[1], *splits[1:]))):
+        these, of_these = hidden[end - count : end], targets[end - count : end]
+        trained = (of_these != -100).nonzero()[:, 0]
+        parts = trained.split(max(1, LOGITS_AT_ONCE // head.keywords["weight"].shape[0]))
+        loss = sum(head_chunk(head, these[part], of_these[part])[0] for part in parts) / len(trained)
+        perplexities[name], end = round(float(torch.exp(loss)), 4), end - count
+    return perplexities
+
+
+# ---- arXiv:2210.17323 ----
+def hessian(rows):
+    """X^T X / N of the inputs X (N, in) of a layer: half the Hessian of its squared error."""
+    width, tile = rows.shape[1], -(-rows.shape[1] // 4)
+    total = rows.new_empty(width, width)
+    for begin in range(0, width, tile):  # what is below the diagonal is the same
+        total[begin : begin + tile, begin:] = rows[:, begin : begin + tile].T @ rows[:, begin:]
+        total[begin:, begin : begin + tile] = total[begin : begin + tile, begin:].T
+    return total.div_(len(rows))
+
+
+def inverse_factor(hessian, facts: dict):
+    """(U, order): the inputs in the order in which they are quantized, and the upper U (in, in) with H^-1 = U^T U in that order.
+
+    Inputs that are used much come first, when most others are left to make up for their errors. Without desc_act the
+    groups stay as they are: they are sorted as wholes, and the inputs inside of each.
+    """
+    import torch
+
+    size, diagonal = facts["group_size"], hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    if size > 0 and not facts["desc_act"]:
+        groups = diagonal.view(-1, size).mean(dim=1).argsort(descending=True, stable=True)
+        inside = diagonal.view(-1, size).argsort(dim=1, descending=True, stable=True)
+        order = (inside + torch.arange(len(inside), device=inside.device)[:, None] * size)[groups].flatten()
+    # H read backwards is L L^T, so H^-1 is U^T U with U = L^-1 read backwards: one factorization in the place of the paper's two
+    backwards, mean = hessian[order][:, order].flip(0, 1), diagonal.mean()
+    for damp in (facts["damp_percent"] * 10.0**k for k in range(4)):
+        factor, failed = torch.linalg.cholesky_ex(backwards + torch.eye(len(order), device=order.device) * (damp * mean))
+        if not failed and factor.isfinite().all():
+            return torch.linalg.solve_triangular(factor, torch.eye(len(order), device=order.device), upper=False).flip(0, 1), order
+    raise RunStopped("a Hessian is not positive: the calibration data has too few tokens, or the model's numbers are infinite")
+
+
+def quantize(weight, factor, order, facts: dict):
+    """Codes (in, out) uint8, scales and zeros (groups, out) and g_idx (in) of a matrix (out, in): algorithm 1 of the paper.
+
+    The matrix lies transposed here, so that a column of the paper's is a row, whose numbers are neighbours in memory.
+    """
+    import torch
+
+    bits, size, sym = facts["bits"], facts["group_size"] if facts["group_size"] > 0 else len(order), facts["sym"]
+    rest = weight.T[order].contiguous()  # (in, out)
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
+    groups = torch.arange(len(order), device=order.device) // size
+    g_idx = torch.empty_like(order).index_copy_(0, order, groups) if facts["desc_act"] else groups
+    scales, zeros = rest.new_empty(2, len(order) // size, rest.shape[1])
+    for begin in range(0, len(order), BLOCK):
+        end = begin + BLOCK
+        block, corner = rest[begin:end], factor[begin:end, begin:end]
+        errors, rounded = torch.empty_like(block), torch.empty_like(block)
+        if begin % size == 0:
+            g = g_idx[order[begin]]
+            scale, zero = scales[g], zeros[g] = grid(rest[begin : begin + size], bits, sym)
+        for i, inverse in enumerate(corner.diagonal().reciprocal().tolist()):
+            torch.div(block[i], scale, out=rounded[i]).round_().add_(zero).clamp_(0, 2**bits - 1)
+            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)
+            block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        codes[order[begin:end]] = rounded.byte()
+        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes, scales, zeros, g_idx
+
+
+def grid(values, bits: int, sym: bool):
+    """Scale and zero point (..., out) of the codes of a group (..., n, out), from its least and greatest number."""
+    low, high, top = values.amin(dim=-2).clamp(max=0), values.amax(dim=-2).clamp(min=0), 2**bits - 1
+    if sym:
+        high = high.maximum(-low)
+        low = -high
+    else:
+        low = low.minimum(-high / (top - 1))  # zero points begin at 1: less one they are in the file
+    scale = ((high - low) / top).half().float().clamp(min=2**-24)  # as it will be stored
+    return scale, scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(1, top)
+
+
+def round_to_nearest(weight, facts: dict):
+    """The matrix (out, in) with each number rounded by itself, on the same kind of grid."""
+    values = weight.T.reshape(-1, facts["group_size"] if facts["group_size"] > 0 else weight.shape[1], weight.shape[0])  # (groups, n, out)
+    scale, zero = (part[:, None] for part in grid(values, facts["bits"], facts["sym"]))
+    codes = (values / scale).round_().add_(zero).clamp_(0, 2 ** facts["bits"] - 1)
+    return codes.sub_(zero).mul_(scale).view(weight.shape[1], -1).T
+
+
+if __name__ == "__main__":
+    cli(main)
