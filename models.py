@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no other
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from gptq_format import dequantized_state, gptq_config, has_gptqmodel
+from gptq import dequantized_state, gptq_config, has_gptqmodel
 from utils import BadInput, fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

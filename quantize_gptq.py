@@ -30,7 +30,7 @@ from typing import Literal
 from tensors import CHUNK, Shards, Tensor, Weights, check_new_folder, files_beside, local_folder, open_model, unfinished_folder
 from utils import BadInput, RunStopped, check_file, check_positive, cli, fingerprint, show
 
-BLOCK = 32  # columns whose errors are passed on together; divides every group
+MULTIPLE = 32  # of which every size is one: so many codes fill whole words of a file, whatever the bits
 PROGRESS = "progress.txt"  # in the unfinished folder: the facts of the run, then the matrices that are done, a line each
 
 
@@ -80,14 +80,14 @@ def main(
         if not os.path.isdir(path or ""):
             check_file(flag, path)
     check_positive(max_length=max_length, damp_percent=damp_percent, calibration_size=calibration_size)
-    if group_size != -1 and (group_size <= 0 or group_size % BLOCK):
-        raise BadInput(f"--group_size={group_size} is no multiple of {BLOCK}, nor -1 for one group")
+    if group_size != -1 and (group_size <= 0 or group_size % MULTIPLE):
+        raise BadInput(f"--group_size={group_size} is no multiple of {MULTIPLE}, nor -1 for one group")
 
     # ---- load ----
     base = open_model(local_folder(model_name_or_path, allow_pickle), allow_pickle)
     import torch
 
-    from gptq_format import file_tensors
+    from gptq import file_tensors
     from layerwise import hollow_model, stream_layers
     from models import load_skeleton, load_tokenizer
     from training import choose_attention, collate
@@ -155,10 +155,10 @@ def linear_layers(model, base: Weights, group_size: int) -> dict:
     found = {}
     for name, module in model.named_modules():
         if module in linear:
-            if module.in_features % BLOCK or module.out_features % BLOCK or module.in_features % max(group_size, 1):
-                sizes = [g for g in (128, 64, 32) if module.in_features % g == 0 and module.out_features % BLOCK == 0]
+            if module.in_features % MULTIPLE or module.out_features % MULTIPLE or module.in_features % max(group_size, 1):
+                sizes = [g for g in (128, 64, 32) if module.in_features % g == 0 and module.out_features % MULTIPLE == 0]
                 raise BadInput(f"--group_size={group_size}: {name} has {module.in_features} inputs and {module.out_features} outputs; "
-                               + (f"take {sizes[0]}" if sizes else f"only multiples of {BLOCK} can be quantized"))
+                               + (f"take {sizes[0]}" if sizes else f"only multiples of {MULTIPLE} can be quantized"))
             found[file_name(base, f"{name}.weight")] = module
     return found
 
@@ -261,7 +261,7 @@ class Quantizer:
         import torch
         from torch.nn import functional as F
 
-        from gptq_format import dequantize, read_parts, to_parts
+        from gptq import dequantize, hessian, inverse_factor, quantize, read_parts, round_to_nearest, to_parts
 
         weight, rows, bits = module.weight, x.reshape(-1, x.shape[-1]), self.facts["bits"]  # (out, in), (N, in)
         if name in self.done:
@@ -296,89 +296,6 @@ def evaluate(model, base: Weights, hidden, labels, splits: list[int]) -> dict[st
         loss = sum(head_chunk(head, these[part], of_these[part])[0] for part in parts) / len(trained)
         perplexities[name], end = round(float(torch.exp(loss)), 4), end - count
     return perplexities
-
-
-# ---- arXiv:2210.17323 ----
-def hessian(rows):
-    """X^T X / N of the inputs X (N, in) of a layer: half the Hessian of its squared error."""
-    width, tile = rows.shape[1], -(-rows.shape[1] // 4)
-    total = rows.new_empty(width, width)
-    for begin in range(0, width, tile):  # what is below the diagonal is the same
-        total[begin : begin + tile, begin:] = rows[:, begin : begin + tile].T @ rows[:, begin:]
-        total[begin:, begin : begin + tile] = total[begin : begin + tile, begin:].T
-    return total.div_(len(rows))
-
-
-def inverse_factor(hessian, facts: dict):
-    """(U, order): the inputs in the order in which they are quantized, and the upper U (in, in) with H^-1 = U^T U in that order.
-
-    Inputs that are used much come first, when most others are left to make up for their errors. Without desc_act the
-    groups stay as they are: they are sorted as wholes, and the inputs inside of each.
-    """
-    import torch
-
-    size, diagonal = facts["group_size"], hessian.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    if size > 0 and not facts["desc_act"]:
-        groups = diagonal.view(-1, size).mean(dim=1).argsort(descending=True, stable=True)
-        inside = diagonal.view(-1, size).argsort(dim=1, descending=True, stable=True)
-        order = (inside + torch.arange(len(inside), device=inside.device)[:, None] * size)[groups].flatten()
-    # H read backwards is L L^T, so H^-1 is U^T U with U = L^-1 read backwards: one factorization in the place of the paper's two
-    backwards, mean = hessian[order][:, order].flip(0, 1), diagonal.mean()
-    for damp in (facts["damp_percent"] * 10.0**k for k in range(4)):
-        factor, failed = torch.linalg.cholesky_ex(backwards + torch.eye(len(order), device=order.device) * (damp * mean))
-        if not failed and factor.isfinite().all():
-            return torch.linalg.solve_triangular(factor, torch.eye(len(order), device=order.device), upper=False).flip(0, 1), order
-    raise RunStopped("a Hessian is not positive: the calibration data has too few tokens, or the model's numbers are infinite")
-
-
-def quantize(weight, factor, order, facts: dict):
-    """Codes (in, out) uint8, scales and zeros (groups, out) and g_idx (in) of a matrix (out, in): algorithm 1 of the paper.
-
-    The matrix lies transposed here, so that a column of the paper's is a row, whose numbers are neighbours in memory.
-    """
-    import torch
-
-    bits, size, sym = facts["bits"], facts["group_size"] if facts["group_size"] > 0 else len(order), facts["sym"]
-    rest = weight.T[order].contiguous()  # (in, out)
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
-    groups = torch.arange(len(order), device=order.device) // size
-    g_idx = torch.empty_like(order).index_copy_(0, order, groups) if facts["desc_act"] else groups
-    scales, zeros = rest.new_empty(2, len(order) // size, rest.shape[1])
-    for begin in range(0, len(order), BLOCK):
-        end = begin + BLOCK
-        block, corner = rest[begin:end], factor[begin:end, begin:end]
-        errors, rounded = torch.empty_like(block), torch.empty_like(block)
-        if begin % size == 0:
-            g = g_idx[order[begin]]
-            scale, zero = scales[g], zeros[g] = grid(rest[begin : begin + size], bits, sym)
-        for i, inverse in enumerate(corner.diagonal().reciprocal().tolist()):
-            torch.div(block[i], scale, out=rounded[i]).round_().add_(zero).clamp_(0, 2**bits - 1)
-            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)
-            block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
-        codes[order[begin:end]] = rounded.byte()
-        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    return codes, scales, zeros, g_idx
-
-
-def grid(values, bits: int, sym: bool):
-    """Scale and zero point (..., out) of the codes of a group (..., n, out), from its least and greatest number."""
-    low, high, top = values.amin(dim=-2).clamp(max=0), values.amax(dim=-2).clamp(min=0), 2**bits - 1
-    if sym:
-        high = high.maximum(-low)
-        low = -high
-    else:
-        low = low.minimum(-high / (top - 1))  # zero points begin at 1: less one they are in the file
-    scale = ((high - low) / top).half().float().clamp(min=2**-24)  # as it will be stored
-    return scale, scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(1, top)
-
-
-def round_to_nearest(weight, facts: dict):
-    """The matrix (out, in) with each number rounded by itself, on the same kind of grid."""
-    values = weight.T.reshape(-1, facts["group_size"] if facts["group_size"] > 0 else weight.shape[1], weight.shape[0])  # (groups, n, out)
-    scale, zero = (part[:, None] for part in grid(values, facts["bits"], facts["sym"]))
-    codes = (values / scale).round_().add_(zero).clamp_(0, 2 ** facts["bits"] - 1)
-    return codes.sub_(zero).mul_(scale).view(weight.shape[1], -1).T
 
 
 if __name__ == "__main__":

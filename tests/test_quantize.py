@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import generate
-import gptq_format
+import gptq
 import quantize_gptq
 from chat import cut_dialogue
 from models import load_model
@@ -52,9 +52,9 @@ def correlated(samples: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing_gives_the_codes_back_and_is_one_stream_of_bits(bits):
     codes = torch.randint(2**bits, (96, 5), dtype=torch.uint8)
-    words = gptq_format.pack_codes(codes, bits)
+    words = gptq.pack_codes(codes, bits)
     assert words.shape == (3 * bits, 5) and words.dtype == torch.int32
-    assert torch.equal(gptq_format.unpack_codes(words, bits), codes)
+    assert torch.equal(gptq.unpack_codes(words, bits), codes)
     stream = sum(int(code) << bits * i for i, code in enumerate(codes[:, 2]))  # by the definition, in Python's long integers
     assert [int(word) & 0xFFFFFFFF for word in words[:, 2]] == [stream >> 32 * k & 0xFFFFFFFF for k in range(3 * bits)]
 
@@ -80,12 +80,12 @@ def by_the_paper(weight: torch.Tensor, inputs: torch.Tensor, bits: int, damp: fl
 def test_the_numbers_are_those_of_the_paper_s_algorithm(bits):
     inputs, weight = correlated(512, 64), torch.randn(32, 64)
     facts = dict(bits=bits, group_size=64, desc_act=False, sym=True, damp_percent=0.01)
-    hessian = quantize_gptq.hessian(inputs)
+    hessian = gptq.hessian(inputs)
     torch.testing.assert_close(hessian, inputs.T @ inputs / 512)
-    factor, order = quantize_gptq.inverse_factor(hessian, facts)
-    parts = gptq_format.to_parts(*quantize_gptq.quantize(weight, factor, order, facts), bits)
+    factor, order = gptq.inverse_factor(hessian, facts)
+    parts = gptq.to_parts(*gptq.quantize(weight, factor, order, facts), bits)
     wanted = by_the_paper(weight[:, order], inputs[:, order], bits, 0.01)
-    found = gptq_format.dequantize(parts, bits)[:, order]
+    found = gptq.dequantize(parts, bits)[:, order]
     assert (found - wanted).abs().lt(1e-3).float().mean() > 0.995  # a tie may round to the other side
 
 
@@ -95,19 +95,19 @@ def test_the_numbers_are_those_of_the_paper_s_algorithm(bits):
 def test_the_layer_s_output_is_nearer_than_by_plain_rounding(bits, group_size, desc_act, sym):
     inputs, weight = correlated(1024, 128), torch.randn(64, 128) + 0.2
     facts = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=0.01)
-    codes, scales, zeros, g_idx = quantize_gptq.quantize(weight, *quantize_gptq.inverse_factor(quantize_gptq.hessian(inputs), facts), facts)
+    codes, scales, zeros, g_idx = gptq.quantize(weight, *gptq.inverse_factor(gptq.hessian(inputs), facts), facts)
     assert sorted(set(g_idx.tolist())) == list(range(128 // group_size if group_size > 0 else 1)) and zeros.min() >= 1
     assert desc_act or group_size < 0 or g_idx.tolist() == [i // group_size for i in range(128)]  # what fast kernels want
-    found = gptq_format.dequantize(gptq_format.to_parts(codes, scales, zeros, g_idx, bits), bits)
+    found = gptq.dequantize(gptq.to_parts(codes, scales, zeros, g_idx, bits), bits)
     error = lambda matrix: float((inputs @ (matrix - weight).T).square().sum())
-    assert error(found) < 0.75 * error(quantize_gptq.round_to_nearest(weight, facts))
+    assert error(found) < 0.75 * error(gptq.round_to_nearest(weight, facts))
 
 
 def test_groups_without_negative_weights_survive_the_format():
     weight = torch.rand(32, 64) + 0.1  # their zero point would be 0, and less one it cannot be stored
     facts = dict(bits=4, group_size=32, desc_act=False, sym=False, damp_percent=0.01)
-    parts = gptq_format.to_parts(*quantize_gptq.quantize(weight, *quantize_gptq.inverse_factor(torch.eye(64), facts), facts), 4)
-    assert (gptq_format.dequantize(parts, 4) - weight).abs().max() < 1.1 / 14 / 2 + 1e-3
+    parts = gptq.to_parts(*gptq.quantize(weight, *gptq.inverse_factor(torch.eye(64), facts), facts), 4)
+    assert (gptq.dequantize(parts, 4) - weight).abs().max() < 1.1 / 14 / 2 + 1e-3
 
 
 def test_the_folder_holds_the_format_and_the_model_that_was_evaluated(base, tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_the_folder_holds_the_format_and_the_model_that_was_evaluated(base, tmp_
     assert config["quantization_config"] == settings and settings["quant_method"] == "gptq" and settings["bits"] == 4 and settings["group_size"] == 32
     stored = load_file(tmp_path / "q" / "model.safetensors")
     layer = "model.layers.0.mlp.down_proj"  # (64, 128)
-    shapes = {part: list(stored[f"{layer}.{part}"].shape) for part in gptq_format.PARTS}
+    shapes = {part: list(stored[f"{layer}.{part}"].shape) for part in gptq.PARTS}
     assert shapes == {"qweight": [16, 64], "qzeros": [4, 8], "scales": [4, 64], "g_idx": [128]} and f"{layer}.weight" not in stored
     assert all(tensor.dtype in (torch.float16, torch.int32) for tensor in stored.values())
     assert said["bytes"] < 0.75 * said["bytes_before"] and {file.name for file in base.iterdir()} <= {file.name for file in (tmp_path / "q").iterdir()}
@@ -152,7 +152,7 @@ def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path):
         shutil.copytree(base, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         model.save_pretrained(tmp_path / name, max_shard_size=size)
         run(model_name_or_path=str(tmp_path / name), output_dir=str(tmp_path / f"{name}-q"))
-    one, many = (gptq_format.dequantized_state(str(tmp_path / f"{name}-q"), 4, torch.float32) for name in ("one", "many"))
+    one, many = (gptq.dequantized_state(str(tmp_path / f"{name}-q"), 4, torch.float32) for name in ("one", "many"))
     assert len(list((tmp_path / "many-q").glob("*.safetensors"))) > 1 and one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert load_file(tmp_path / "one-q" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
@@ -160,7 +160,7 @@ def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path):
 
 def test_a_run_that_is_killed_goes_on_behind_its_last_matrix_bit_for_bit(base, tmp_path, monkeypatch):
     run(model_name_or_path=str(base), output_dir=str(tmp_path / "whole"))
-    begun, quantize = [], quantize_gptq.quantize
+    begun, quantize = [], gptq.quantize
 
     def stop_at_the_sixth(*args):
         begun.append(1)
@@ -168,7 +168,7 @@ def test_a_run_that_is_killed_goes_on_behind_its_last_matrix_bit_for_bit(base, t
             raise KeyboardInterrupt
         return quantize(*args)
 
-    monkeypatch.setattr(quantize_gptq, "quantize", stop_at_the_sixth)
+    monkeypatch.setattr(gptq, "quantize", stop_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         run(model_name_or_path=str(base), output_dir=str(tmp_path / "q"))
     assert not (tmp_path / "q").exists()

@@ -1,4 +1,4 @@
-"""The GPTQ checkpoint format, in which quantize_gptq.py writes and gptqmodel, transformers and vLLM read.
+"""GPTQ: the algorithm, and the checkpoint format that gptqmodel, transformers and vLLM read.
 
 A linear layer of shape (out, in) is stored as four tensors, which its file has in the place of `weight`:
 
@@ -18,12 +18,93 @@ from pathlib import Path
 import torch
 
 from tensors import Tensor, Weights
-from utils import BadInput
+from utils import BadInput, RunStopped
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+BLOCK = 32  # columns whose errors are passed on together; divides every group
 KINDS = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
+# ---- arXiv:2210.17323 ----
+def hessian(rows):
+    """X^T X / N of the inputs X (N, in) of a layer: half the Hessian of its squared error."""
+    width, tile = rows.shape[1], -(-rows.shape[1] // 4)
+    total = rows.new_empty(width, width)
+    for begin in range(0, width, tile):  # what is below the diagonal is the same
+        total[begin : begin + tile, begin:] = rows[:, begin : begin + tile].T @ rows[:, begin:]
+        total[begin:, begin : begin + tile] = total[begin : begin + tile, begin:].T
+    return total.div_(len(rows))
+
+
+def inverse_factor(hessian, facts: dict):
+    """(U, order): the inputs in the order in which they are quantized, and the upper U (in, in) with H^-1 = U^T U in that order.
+
+    Inputs that are used much come first, when most others are left to make up for their errors. Without desc_act the
+    groups stay as they are: they are sorted as wholes, and the inputs inside of each.
+    """
+    size, diagonal = facts["group_size"], hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    if size > 0 and not facts["desc_act"]:
+        groups = diagonal.view(-1, size).mean(dim=1).argsort(descending=True, stable=True)
+        inside = diagonal.view(-1, size).argsort(dim=1, descending=True, stable=True)
+        order = (inside + torch.arange(len(inside), device=inside.device)[:, None] * size)[groups].flatten()
+    # H read backwards is L L^T, so H^-1 is U^T U with U = L^-1 read backwards: one factorization in the place of the paper's two
+    backwards, mean = hessian[order][:, order].flip(0, 1), diagonal.mean()
+    for damp in (facts["damp_percent"] * 10.0**k for k in range(4)):
+        factor, failed = torch.linalg.cholesky_ex(backwards + torch.eye(len(order), device=order.device) * (damp * mean))
+        if not failed and factor.isfinite().all():
+            return torch.linalg.solve_triangular(factor, torch.eye(len(order), device=order.device), upper=False).flip(0, 1), order
+    raise RunStopped("a Hessian is not positive: the calibration data has too few tokens, or the model's numbers are infinite")
+
+
+def quantize(weight, factor, order, facts: dict):
+    """Codes (in, out) uint8, scales and zeros (groups, out) and g_idx (in) of a matrix (out, in): algorithm 1 of the paper.
+
+    The matrix lies transposed here, so that a column of the paper's is a row, whose numbers are neighbours in memory.
+    """
+    bits, size, sym = facts["bits"], facts["group_size"] if facts["group_size"] > 0 else len(order), facts["sym"]
+    rest = weight.T[order].contiguous()  # (in, out)
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
+    groups = torch.arange(len(order), device=order.device) // size
+    g_idx = torch.empty_like(order).index_copy_(0, order, groups) if facts["desc_act"] else groups
+    scales, zeros = rest.new_empty(2, len(order) // size, rest.shape[1])
+    for begin in range(0, len(order), BLOCK):
+        end = begin + BLOCK
+        block, corner = rest[begin:end], factor[begin:end, begin:end]
+        errors, rounded = torch.empty_like(block), torch.empty_like(block)
+        if begin % size == 0:
+            g = g_idx[order[begin]]
+            scale, zero = scales[g], zeros[g] = grid(rest[begin : begin + size], bits, sym)
+        for i, inverse in enumerate(corner.diagonal().reciprocal().tolist()):
+            torch.div(block[i], scale, out=rounded[i]).round_().add_(zero).clamp_(0, 2**bits - 1)
+            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)
+            block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        codes[order[begin:end]] = rounded.byte()
+        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes, scales, zeros, g_idx
+
+
+def grid(values, bits: int, sym: bool):
+    """Scale and zero point (..., out) of the codes of a group (..., n, out), from its least and greatest number."""
+    low, high, top = values.amin(dim=-2).clamp(max=0), values.amax(dim=-2).clamp(min=0), 2**bits - 1
+    if sym:
+        high = high.maximum(-low)
+        low = -high
+    else:
+        low = low.minimum(-high / (top - 1))  # zero points begin at 1: less one they are in the file
+    scale = ((high - low) / top).half().float().clamp(min=2**-24)  # as it will be stored
+    return scale, scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(1, top)
+
+
+def round_to_nearest(weight, facts: dict):
+    """The matrix (out, in) with each number rounded by itself, on the same kind of grid."""
+    values = weight.T.reshape(-1, facts["group_size"] if facts["group_size"] > 0 else weight.shape[1], weight.shape[0])  # (groups, n, out)
+    scale, zero = (part[:, None] for part in grid(values, facts["bits"], facts["sym"]))
+    codes = (values / scale).round_().add_(zero).clamp_(0, 2 ** facts["bits"] - 1)
+    return codes.sub_(zero).mul_(scale).view(weight.shape[1], -1).T
+
+
+# ---- format ----
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes (n, m) of 0 to 2^bits - 1 as int32 (n * bits / 32, m): each column one stream of bits, n a multiple of 32."""
     n, m = codes.shape
