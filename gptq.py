@@ -3,12 +3,13 @@
 A linear layer of shape (out, in) is stored as four tensors, which its file has in the place of `weight`:
 
     qweight  int32 (in * bits / 32, out)          codes of 0 to 2^bits - 1, packed along `in`, lowest bits first
-    qzeros   int32 (groups, out * bits / 32)      zero points less one, packed along `out`
+    qzeros   int32 (groups, out * bits / 32)      zero points, packed along `out`
     scales   fp16  (groups, out)
     g_idx    int32 (in,)                          the group of each input
 
-and weight[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = g_idx[i]. The one that is taken from the zero points
-is AutoGPTQ's, and of all versions of the format this is the one that every reader knows.
+and weight[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = g_idx[i]. The first version of the format, "gptq", holds
+the zero points less one, so that none can be 0: all readers know it, but it is kept to symmetric codes. Others go into "gptq_v2",
+which holds them as they are.
 """
 import importlib.util
 import json
@@ -90,10 +91,8 @@ def grid(values, bits: int, sym: bool):
     if sym:
         high = high.maximum(-low)
         low = -high
-    else:
-        low = low.minimum(-high / (top - 1))  # zero points begin at 1: less one they are in the file
     scale = ((high - low) / top).half().float().clamp(min=2**-24)  # as it will be stored
-    return scale, scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(1, top)
+    return scale, scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(0, top)
 
 
 def round_to_nearest(weight, facts: dict):
@@ -131,14 +130,16 @@ def unpack_codes(words: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.view(-1, words.shape[2])
 
 
-def to_parts(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    """codes (in, out), scales and zeros (groups, out), g_idx (in) -> the four tensors of the file."""
-    return {"qweight": pack_codes(codes, bits), "qzeros": pack_codes(zeros.T - 1, bits).T.contiguous(), "scales": scales.half(), "g_idx": g_idx.int()}
+def to_parts(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor, settings: dict) -> dict[str, torch.Tensor]:
+    """codes (in, out), scales and zeros (groups, out), g_idx (in) -> the four tensors of the file, which is as its settings say."""
+    bits, less = settings["bits"], int(settings["checkpoint_format"] == "gptq")
+    return {"qweight": pack_codes(codes, bits), "qzeros": pack_codes(zeros.T - less, bits).T.contiguous(), "scales": scales.half(), "g_idx": g_idx.int()}
 
 
-def dequantize(parts: dict[str, torch.Tensor], bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize(parts: dict[str, torch.Tensor], settings: dict, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight (out, in) that the four tensors of a layer stand for."""
-    zeros = unpack_codes(parts["qzeros"].T.contiguous(), bits).T.float() + 1
+    bits, less = settings["bits"], int(settings["checkpoint_format"] == "gptq")
+    zeros = unpack_codes(parts["qzeros"].T.contiguous(), bits).T.float() + less
     codes, g_idx = unpack_codes(parts["qweight"], bits), parts["g_idx"].long()
     return ((codes - zeros[g_idx]) * parts["scales"].float()[g_idx]).to(dtype).T.contiguous()
 
@@ -172,8 +173,9 @@ def gptq_config(model_name_or_path: str) -> dict | None:
     config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
     if config.get("quant_method") != "gptq":
         return None
-    if config.get("checkpoint_format", "gptq") != "gptq" or config.get("bits") not in (2, 3, 4, 8):
-        raise BadInput(f"{model_name_or_path} is of the GPTQ format {config.get('checkpoint_format')} with {config.get('bits')} bits, which only gptqmodel "
+    config.setdefault("checkpoint_format", "gptq")
+    if config["checkpoint_format"] not in ("gptq", "gptq_v2") or config.get("bits") not in (2, 3, 4, 8):
+        raise BadInput(f"{model_name_or_path} is of the GPTQ format {config['checkpoint_format']} with {config.get('bits')} bits, which only gptqmodel "
                        f"reads: pip install gptqmodel optimum")
     return config
 
@@ -182,7 +184,7 @@ def has_gptqmodel() -> bool:
     return bool(importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum"))
 
 
-def dequantized_state(folder: str, bits: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def dequantized_state(folder: str, settings: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All weights of a GPTQ folder by name, each layer as a plain matrix."""
     weights, state = Weights(folder), {}
     for name, tensor in weights.tensors.items():
@@ -190,7 +192,7 @@ def dequantized_state(folder: str, bits: int, dtype: torch.dtype) -> dict[str, t
         if part == "qweight":
             if missing := [other for other in PARTS if f"{layer}.{other}" not in weights.tensors]:
                 raise BadInput(f"{folder} lacks {layer}.{missing[0]}: finish the download")
-            state[f"{layer}.weight"] = dequantize(read_parts(weights, layer), bits, dtype)
+            state[f"{layer}.weight"] = dequantize(read_parts(weights, layer), settings, dtype)
         elif part not in PARTS:
             state[name] = torch.from_numpy(weights.read(name)).view(KINDS[tensor.dtype]).view(tensor.shape).to(dtype)
     return state

@@ -76,7 +76,7 @@ def load_model(model_name_or_path: str, dtype: torch.dtype, bits: int = 16, *, a
         if not has_gptqmodel():
             skeleton = load_skeleton(model_name_or_path, trust_remote_code)
             del skeleton.config.quantization_config
-            kind, name, given = type(skeleton), None, dict(config=skeleton.config, state_dict=dequantized_state(model_name_or_path, gptq["bits"], dtype))
+            kind, name, given = type(skeleton), None, dict(config=skeleton.config, state_dict=dequantized_state(model_name_or_path, gptq, dtype))
     if bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     elif bits == 4:

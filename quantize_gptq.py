@@ -106,7 +106,7 @@ def main(
     tensors = {}
     for name, tensor in base.tensors.items():
         tensors |= file_tensors(name, tensor, name in linear, bits, group_size)
-    settings = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=damp_percent)
+    settings = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=damp_percent, checkpoint_format="gptq" if sym else "gptq_v2")
     facts = settings | {"base": fingerprint(str(base.folder)), "text": hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()}
 
     # ---- quantize ----
@@ -129,7 +129,7 @@ def main(
         config = json.loads((base.folder / "config.json").read_text("utf-8"))
         if "F32" in {tensor.dtype for tensor in base.tensors.values()}:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
-        written = settings | {"quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False, "true_sequential": True, "static_groups": False}
+        written = settings | {"quant_method": "gptq", "lm_head": False, "true_sequential": True, "static_groups": False}
         for name, about in (("config.json", config | {"quantization_config": written}), ("quantize_config.json", written)):
             (unfinished / name).write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
         (unfinished / PROGRESS).unlink()
@@ -263,16 +263,16 @@ class Quantizer:
 
         from gptq import dequantize, hessian, inverse_factor, quantize, read_parts, round_to_nearest, to_parts
 
-        weight, rows, bits = module.weight, x.reshape(-1, x.shape[-1]), self.facts["bits"]  # (out, in), (N, in)
+        weight, rows = module.weight, x.reshape(-1, x.shape[-1])  # (out, in), (N, in)
         if name in self.done:
             parts = {part: tensor.to(x.device) for part, tensor in read_parts(self.shards, name).items()}
         else:
             if self.shared[0] is not x:  # query, key and value have one input
                 self.shared = x, *inverse_factor(hessian(rows[self.real]), self.facts)
-            parts = to_parts(*quantize(weight, *self.shared[1:], self.facts), bits)
+            parts = to_parts(*quantize(weight, *self.shared[1:], self.facts), self.facts)
             self.write(name, parts)
         rounded = round_to_nearest(weight, self.facts)
-        outputs = zip(rows.split(self.splits), (dequantize(parts, bits), weight, rounded))
+        outputs = zip(rows.split(self.splits), (dequantize(parts, self.facts), weight, rounded))
         self.bar.update()
         return torch.cat([F.linear(part, matrix, module.bias) for part, matrix in outputs]).view(*x.shape[:-1], -1)
 

@@ -79,13 +79,13 @@ def by_the_paper(weight: torch.Tensor, inputs: torch.Tensor, bits: int, damp: fl
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_numbers_are_those_of_the_paper_s_algorithm(bits):
     inputs, weight = correlated(512, 64), torch.randn(32, 64)
-    facts = dict(bits=bits, group_size=64, desc_act=False, sym=True, damp_percent=0.01)
+    facts = dict(bits=bits, group_size=64, desc_act=False, sym=True, damp_percent=0.01, checkpoint_format="gptq")
     hessian = gptq.hessian(inputs)
     torch.testing.assert_close(hessian, inputs.T @ inputs / 512)
     factor, order = gptq.inverse_factor(hessian, facts)
-    parts = gptq.to_parts(*gptq.quantize(weight, factor, order, facts), bits)
+    parts = gptq.to_parts(*gptq.quantize(weight, factor, order, facts), facts)
     wanted = by_the_paper(weight[:, order], inputs[:, order], bits, 0.01)
-    found = gptq.dequantize(parts, bits)[:, order]
+    found = gptq.dequantize(parts, facts)[:, order]
     assert (found - wanted).abs().lt(1e-3).float().mean() > 0.995  # a tie may round to the other side
 
 
@@ -94,20 +94,20 @@ def test_the_numbers_are_those_of_the_paper_s_algorithm(bits):
 @pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 32), (4, 64), (8, -1)])
 def test_the_layer_s_output_is_nearer_than_by_plain_rounding(bits, group_size, desc_act, sym):
     inputs, weight = correlated(1024, 128), torch.randn(64, 128) + 0.2
-    facts = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=0.01)
+    facts = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=0.01, checkpoint_format="gptq" if sym else "gptq_v2")
     codes, scales, zeros, g_idx = gptq.quantize(weight, *gptq.inverse_factor(gptq.hessian(inputs), facts), facts)
-    assert sorted(set(g_idx.tolist())) == list(range(128 // group_size if group_size > 0 else 1)) and zeros.min() >= 1
+    assert sorted(set(g_idx.tolist())) == list(range(128 // group_size if group_size > 0 else 1))
     assert desc_act or group_size < 0 or g_idx.tolist() == [i // group_size for i in range(128)]  # what fast kernels want
-    found = gptq.dequantize(gptq.to_parts(codes, scales, zeros, g_idx, bits), bits)
+    found = gptq.dequantize(gptq.to_parts(codes, scales, zeros, g_idx, facts), facts)
     error = lambda matrix: float((inputs @ (matrix - weight).T).square().sum())
     assert error(found) < 0.75 * error(gptq.round_to_nearest(weight, facts))
 
 
 def test_groups_without_negative_weights_survive_the_format():
-    weight = torch.rand(32, 64) + 0.1  # their zero point would be 0, and less one it cannot be stored
-    facts = dict(bits=4, group_size=32, desc_act=False, sym=False, damp_percent=0.01)
-    parts = gptq.to_parts(*gptq.quantize(weight, *gptq.inverse_factor(torch.eye(64), facts), facts), 4)
-    assert (gptq.dequantize(parts, 4) - weight).abs().max() < 1.1 / 14 / 2 + 1e-3
+    weight = torch.rand(32, 64) + 0.1  # their zero point is 0, which the first version of the format cannot hold
+    facts = dict(bits=4, group_size=32, desc_act=False, sym=False, damp_percent=0.01, checkpoint_format="gptq_v2")
+    parts = gptq.to_parts(*gptq.quantize(weight, *gptq.inverse_factor(torch.eye(64), facts), facts), facts)
+    assert (gptq.dequantize(parts, facts) - weight).abs().max() < 1.1 / 15 / 2 + 1e-3
 
 
 def test_the_folder_holds_the_format_and_the_model_that_was_evaluated(base, tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path):
         shutil.copytree(base, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         model.save_pretrained(tmp_path / name, max_shard_size=size)
         run(model_name_or_path=str(tmp_path / name), output_dir=str(tmp_path / f"{name}-q"))
-    one, many = (gptq.dequantized_state(str(tmp_path / f"{name}-q"), 4, torch.float32) for name in ("one", "many"))
+    one, many = (gptq.dequantized_state(str(tmp_path / f"{name}-q"), dict(bits=4, checkpoint_format="gptq"), torch.float32) for name in ("one", "many"))
     assert len(list((tmp_path / "many-q").glob("*.safetensors"))) > 1 and one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert load_file(tmp_path / "one-q" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
