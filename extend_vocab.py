@@ -21,14 +21,13 @@ import json
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from tensors import local_folder
-from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, show, whole_folder
+from tensors import Shards, Weights, local_folder, open_model, torch_dtype, unfinished_folder
+from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, show
 from vocabulary import CHINESE, Vocabulary, corpus_files, learn_pieces, load_base_tokenizer, read_corpus, read_pieces
 
 
@@ -91,9 +90,8 @@ def main(
     skeleton, tokenizer = load_skeleton(str(folder)), load_base_tokenizer(folder)
     vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     old_tokens, model_file = vocabulary.next_id, folder / "tokenizer.model"
-    scratch = tempfile.TemporaryDirectory()  # for pickles, as safetensors; it goes when the run ends
-    weights = weight_files(folder, Path(scratch.name))
-    matrices = find_matrices(folder, skeleton, weights, old_tokens)
+    base = open_model(folder, allow_pickle)
+    matrices = find_matrices(base, skeleton, old_tokens)
     texts, runs = read_corpus(corpus_path, max_corpus_mb, seed) if corpus_path else ({}, Counter())
     texts = read_corpus(eval_path, max_corpus_mb, seed, held_out=1)[0] if eval_path else texts
 
@@ -117,11 +115,14 @@ def main(
     config = json.loads((folder / "config.json").read_text("utf-8")) | {"vocab_size": rows}
     if "<pad>" in vocabulary.vocab and tokenizer.pad_token is None:
         tokenizer.pad_token, config["pad_token_id"] = "<pad>", vocabulary.vocab["<pad>"]
-    if Path(output_dir).is_dir():
-        Path(output_dir).rmdir()  # it is empty, and a whole folder takes its place
-    with whole_folder(Path(output_dir)) as unfinished:
-        if shutil.disk_usage(unfinished).free < 1.1 * sum(file.stat().st_size for file in weights):
-            raise BadInput(f"--output_dir={output_dir} has {shutil.disk_usage(unfinished).free / 1e9:.1f} GB free, less than the model takes")
+    tensors = dict(base.tensors)
+    for name in matrices:
+        old = tensors[name]
+        tensors[name] = old._replace(shape=(rows, *old.shape[1:]), size=old.size // old.shape[0] * rows)
+    with unfinished_folder(Path(output_dir), sum(tensor.size for tensor in tensors.values()), "output_dir") as unfinished:
+        shards = Shards(unfinished, "model", tensors)
+        for name in tensors:
+            write_matrix(base, shards, name, old_tokens, was, init) if name in matrices else shards.copy(base, name)
         left = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "model", "pytorch_model", ".")  # written anew, or not at all
         for file in folder.iterdir():
             if file.is_file() and file.suffix in (".json", ".jinja", ".md", ".txt", ".py", "") and not file.name.startswith(left):
@@ -131,14 +132,7 @@ def main(
         extended.save(str(unfinished / "tokenizer.json"))
         if merged:
             (unfinished / model_file.name).write_bytes(merged)
-        for file in weights:
-            grown = {name: new_rows(file, name, old_tokens, rows, was, init) for name in matrices & read_header(file)[0].keys()}
-            write_shard(file, unfinished / file.name, old_tokens, grown)
-        if len(weights) > 1:
-            weight_map = {name: file.name for file in weights for name in read_header(file)[0]}
-            index = {"metadata": {"total_size": sum((unfinished / name).stat().st_size for name in set(weight_map.values()))}, "weight_map": weight_map}
-            (unfinished / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-        check_result(unfinished, weights, matrices, rows, tokenizer, extended, texts)
+        check_result(unfinished, tensors, tokenizer, extended, texts)
     print(json.dumps(figures | {"vocab_size": rows, "seconds": round(time.perf_counter() - started, 1),
                                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "output_dir": output_dir}, ensure_ascii=False))
 
@@ -189,95 +183,44 @@ def encode_lines(tokenizer, lines: list[str]) -> list[list[int]]:
 
 
 # ---- weights ----
-def weight_files(folder: Path, scratch: Path) -> list[Path]:
-    """The safetensors files of a model; pickles become such files in `scratch`."""
-    import torch
-    from safetensors.torch import save_file
-
-    for pickle in sorted(folder.glob("pytorch_model*.bin")) if not any(folder.glob("model*.safetensors")) else []:
-        tensors = torch.load(pickle, map_location="cpu", weights_only=True)
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / f"{pickle.stem.replace('pytorch_', '')}.safetensors")
-    return sorted(folder.glob("model*.safetensors")) or sorted(scratch.glob("model*.safetensors"))
-
-
-def read_header(file: Path) -> tuple[dict[str, dict], int]:
-    """({tensor: its dtype, shape and data_offsets}, where the data begins) of a safetensors file; BadInput if it is not whole."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(start - 8)) if start <= size else {}
-    header.pop("__metadata__", None)
-    if not header or size < start + max(about["data_offsets"][1] for about in header.values()):
-        raise BadInput(f"{file} is cut off, or only points to the real file: finish the download")
-    return header, start
-
-
-def find_matrices(folder: Path, skeleton, weights: list[Path], tokens: int) -> set[str]:
+def find_matrices(base: Weights, skeleton, tokens: int) -> list[str]:
     """The names of embedding and head in the files; BadInput if they are not there, or the tokenizer is of another model."""
-    shapes = {name: about["shape"] for file in weights for name, about in read_header(file)[0].items()}
     names = {f"{name}.weight" for name, module in skeleton.named_modules() if module in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
-    found, rows = names & shapes.keys(), skeleton.config.vocab_size
-    if not found or (found != names and not skeleton.config.tie_word_embeddings):
-        raise BadInput(f"{folder} has no {min(names - found)} in its weights: they are not those of its config.json")
-    if any(shapes[name][0] != rows for name in found):
-        raise BadInput(f"{folder}: {min(found)} has {shapes[min(found)][0]:,} rows, config.json says {rows:,}")
+    found, rows = sorted(names & base.tensors.keys()), skeleton.config.vocab_size
+    if not found or (len(found) < len(names) and not skeleton.config.tie_word_embeddings):
+        raise BadInput(f"{base.folder} has no {min(names - set(found))} in its weights: they are not those of its config.json")
+    if any(base.tensors[name].shape[0] != rows for name in found):
+        raise BadInput(f"{base.folder}: {found[0]} has {base.tensors[found[0]].shape[0]:,} rows, config.json says {rows:,}")
     if not tokens <= rows < tokens + 1024:  # some models have a few hundred rows that no token uses
-        raise BadInput(f"{folder}: its tokenizer has {tokens:,} tokens, the model {rows:,} rows, so they do not belong together")
+        raise BadInput(f"{base.folder}: its tokenizer has {tokens:,} tokens, the model {rows:,} rows, so they do not belong together")
     return found
 
 
-def new_rows(file: Path, name: str, kept: int, rows: int, was: list[list[int]], init: str):
-    """What comes below the first `kept` rows of a matrix: a row for each new piece, and the mean of all for the rest.
+def write_matrix(base: Weights, shards: Shards, name: str, kept: int, was: list[list[int]], init: str) -> None:
+    """The first `kept` rows of a matrix as they are, below them a row for each new piece, and the mean of all for the rest.
 
     A padding row of zeros has the logit 0, which can be the highest. The mean row's logit is the mean of all logits: never
     above the highest, and its probability, by the inequality of the means, never above 1 / kept.
     """
     import torch
-    from safetensors import safe_open
 
-    with safe_open(file, "pt") as tensors:
-        old = tensors.get_tensor(name)[:kept]  # (kept, D)
+    tensor = base.tensors[name]
+    old = torch.from_numpy(base.read(name)).view(torch_dtype(tensor.dtype)).view(tensor.shape)[:kept]  # (kept, D)
     mean = sum(part.sum(0, dtype=torch.float64) for part in old.split(1024)) / kept
-    new = mean.to(old.dtype).repeat(rows - kept, 1)  # (rows - kept, D)
+    new = mean.to(old.dtype).repeat(shards.tensors[name].shape[0] - kept, 1)  # (rows - kept, D)
     if init == "mean_of_pieces":
         for row, ids in zip(new, was):
             row.copy_(old[ids].float().mean(0))
-    return new
+    shards.write(name, 0, old.contiguous().view(torch.uint8).numpy())
+    shards.write(name, old.numel() * old.itemsize, new.view(torch.uint8).numpy())
 
 
-def write_shard(source: Path, target: Path, kept: int, grown: dict) -> None:
-    """Copy a safetensors file; of the tensors in `grown` the first `kept` rows are copied, and the new rows follow."""
-    import torch
-
-    old, start = read_header(source)
-    header, copies, end = {"__metadata__": {"format": "pt"}}, [], 0
-    for name, about in sorted(old.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, (begin, stop), rows = about["shape"], about["data_offsets"], b""
-        if name in grown:
-            stop = begin + (stop - begin) // shape[0] * kept
-            rows = grown[name].view(torch.uint8).flatten().numpy().data
-            shape = [kept + len(grown[name]), *shape[1:]]
-        copies.append((start + begin, stop - begin, rows))
-        header[name] = {"dtype": about["dtype"], "shape": shape, "data_offsets": [end, end := end + stop - begin + len(rows)]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    with open(source, "rb") as reader, open(target, "wb") as writer:
-        writer.write(len(text).to_bytes(8, "little") + text)
-        for begin, size, rows in copies:
-            reader.seek(begin)
-            for left in range(size, 0, -(2**24)):
-                writer.write(reader.read(min(left, 2**24)))
-            writer.write(rows)
-
-
-def check_result(unfinished: Path, weights: list[Path], matrices: set[str], rows: int, tokenizer, extended, texts: dict[str, list[str]]) -> None:
+def check_result(unfinished: Path, tensors: dict, tokenizer, extended, texts: dict[str, list[str]]) -> None:
     """Read the result back: every tensor has its shape, and the tokenizer gives the ids that it gave before it was saved."""
     from models import load_tokenizer
 
-    for file in weights:
-        wanted = {name: [rows, *about["shape"][1:]] if name in matrices else about["shape"] for name, about in read_header(file)[0].items()}
-        if wanted != {name: about["shape"] for name, about in read_header(unfinished / file.name)[0].items()}:
-            raise RunStopped(f"{file.name} was written, but reads back with other tensors")
+    if {name: tensor.shape for name, tensor in Weights(unfinished).tensors.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise RunStopped("the weights were written, but read back with other tensors")
     result, lines = load_tokenizer(str(unfinished)), [line for kind in texts.values() for line in kind[:500]]
     if encode_lines(result.backend_tokenizer, lines) != encode_lines(extended, lines) or result("a").input_ids != tokenizer("a").input_ids:
         raise RunStopped("the tokenizer was written, but reads back with other ids")

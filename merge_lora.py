@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tensors import (CHUNK, EMBEDDINGS, HEADS, Shards, Tensor, Weights, carry_tokenizer, check_new_folder, files_beside, in_threads, local_folder,
+from tensors import (EMBEDDINGS, HEADS, Shards, Tensor, Weights, carry_tokenizer, check_new_folder, files_beside, in_threads, local_folder,
                      open_model, same_floats, torch_dtype, unfinished_folder)
 from utils import BadInput, RunStopped, check_adapter, check_file, cli, fingerprint, show
 
@@ -260,9 +260,7 @@ def merge_tensor(base: Weights, shards: Shards, name: str, plan: Plan) -> None:
 
     tensor, source = plan.tensor, base.tensors[plan.source]
     if not plan.changed:
-        for start in range(0, tensor.size, CHUNK):
-            shards.write(name, start, base.read(plan.source, start, start + CHUNK))
-        return
+        return shards.copy(base, name, plan.source)
     products = []
     for scale, weights, (a, b, magnitude), transposed in plan.added:
         a, b = weights.floats(a), weights.floats(b)  # (r, d_in), (d_out, r)

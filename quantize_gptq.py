@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tensors import CHUNK, Shards, Tensor, Weights, check_new_folder, files_beside, local_folder, open_model, unfinished_folder
+from tensors import Shards, Tensor, Weights, check_new_folder, files_beside, local_folder, open_model, unfinished_folder
 from utils import BadInput, RunStopped, check_file, check_positive, cli, fingerprint, show
 
 MULTIPLE = 32  # of which every size is one: so many codes fill whole words of a file, whatever the bits
@@ -206,12 +206,10 @@ def copy_tensor(base: Weights, shards: Shards, name: str, tensor: Tensor) -> Non
     """Write a tensor that is not quantized; what was of 32 bit has 16."""
     import torch
 
-    if tensor.dtype != base.tensors[name].dtype:
-        for first, last in base.tensors[name].row_chunks():
-            shards.write(name, first * tensor.row * 2, base.floats(name, first, last).half().view(torch.uint8).numpy())
-        return
-    for start in range(0, tensor.size, CHUNK):
-        shards.write(name, start, base.read(name, start, start + CHUNK))
+    if tensor.dtype == base.tensors[name].dtype:
+        return shards.copy(base, name)
+    for first, last in base.tensors[name].row_chunks():
+        shards.write(name, first * tensor.row * 2, base.floats(name, first, last).half().view(torch.uint8).numpy())
 
 
 # ---- one pass through the model ----

@@ -84,7 +84,7 @@ class Weights:
         except ValueError:  # no JSON, no UTF-8
             header = None
         if not isinstance(header, dict):
-            raise BadInput(f"{path} is no whole safetensors file: its header cannot be read. Download it again")
+            raise BadInput(f"{path} is no whole safetensors file, or only points to the real one (git-lfs): its header cannot be read. Download it again")
         header.pop("__metadata__", None)
         for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = about["data_offsets"]
@@ -252,6 +252,11 @@ class Shards:
         done = 0
         while done < len(data):
             done += os.pwrite(descriptor, data[done:], place + start + done)
+
+    def copy(self, weights: Weights, name: str, source: str | None = None) -> None:
+        """Write a tensor as it is, or as another of the same type and shape is."""
+        for start in range(0, self.tensors[name].size, CHUNK):
+            self.write(name, start, weights.read(source or name, start, start + CHUNK))
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start to stop of a tensor, as they were written."""
