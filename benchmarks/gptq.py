@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, where gptq.py is another
+from benchmarks.report import add
 from utils import BadInput, check_file, cli
 
 PEER = """
@@ -118,6 +119,9 @@ def main(
             print(f"| {name} | {took} | {' | '.join(f'{value:.3f}' for value in figures.values())} |")
         ours, theirs = (statistics.median(values) for values in seconds.values())
         print(f"\n{theirs / ours:.2f} times as fast")
+        for unit, values in (("seconds", seconds), ("peak memory, GB", {name: [peak / 1e9 for peak in peaks] for name, peaks in memory.items()}),
+                             *((f"perplexity, {kind}", {name: [figures[kind]] for name, figures in perplexity.items()}) for kind in held_out)):
+            add(f"quantize_gptq.py, {bits} bit, groups of {group_size}", unit, values["quantize_gptq.py"], "gptqmodel", values["gptqmodel"])
         ids = torch.tensor([held_out["Chinese"][0]])
         torch.save(ids, work / "ids.pt")
         mine = str(work / "quantize_gptq.py-0")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.report import add
 from chat import Chat, tokenize_records
 from records import numbered_records
 from utils import cli
@@ -65,6 +66,9 @@ def main(
             memory = statistics.median(run["peak_memory_bytes"] for run in runs)
             print(f"| {name} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
                   f"| {memory / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
+        add(name, "supervised tokens/s", speed["ours"], peer, speed["theirs"])
+        ours, theirs = ([run["peak_memory_bytes"] / 1e9 for run in runs] for runs in results.values())
+        add(name, "peak memory, GB", ours, peer, theirs)
 
 
 def prepare(data_dir: Path, row: str):

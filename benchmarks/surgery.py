@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.report import add
 from utils import cli
 
 MERGE = ["python", "merge_lora.py", "--model_name_or_path", "base", "--lora_path", "adapter", "--output_dir", "out"]
@@ -71,6 +72,12 @@ def main(
             seconds, memory = zip(*times)
             print(f"| {size} GB | {WAYS[name][0]} | {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to {max(seconds):.1f} "
                   f"| {statistics.median(seconds) / cp:.1f} | {statistics.median(memory) / 1e6:,.0f} MB |", flush=True)
+        for ours, peer in (("apply_delta.py, exact", "transformers, sums"), ("apply_delta.py, sums", "transformers, sums"),
+                           ("merge_lora.py --check False", "transformers + peft"), ("merge_lora.py", "transformers + peft")):
+            if {ours, peer} <= runs.keys():
+                for unit, column, scale in (("seconds", 0, 1), ("peak memory, MB", 1, 1e6)):
+                    mine, other = ([run[column] / scale for run in runs[name]] for name in (ours, peer))
+                    add(f"{ours}, {size} GB", unit, mine, peer, other)
 
 
 def measure(command: list[str], folder: Path, environment: dict) -> tuple[float, int]:

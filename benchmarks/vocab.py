@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.report import add
 from utils import BadInput, cli
 from vocabulary import parse_sentencepiece, read_corpus
 
@@ -86,8 +87,10 @@ def main(
             public = sp(str(data / "tokenizer" / file))
             columns[title] = {kind: sum(map(len, before.encode(kept))) / sum(map(len, public.encode(kept))) for kind, kept in (lines | {"all held out": chinese}).items()}
     print(f"| times fewer tokens | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    peer = next(iter(PUBLIC))
     for kind in [*lines, "all held out"]:
         print(f"| {kind} | {' | '.join(f'{column[kind]:.2f}' for column in columns.values())} |")
+        add(f"extend_vocab.py, {num_pieces:,} pieces, {kind}", "times fewer tokens", [columns[f"LLaMA + {num_pieces:,}"][kind]], peer, [columns[peer][kind]])
     print("", *notes, sep="\n")
 
 

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Every figure against its peer, one after the other, and one table of them all. Two hours on two CPU threads, 20 GB of disk.
+#   DATA_DIR=../shared/data bash benchmarks/run.sh             # all
+#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, web, memory
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# ---- edit me ----
+DATA_DIR=${DATA_DIR:-../shared/data}   # the data that is measured with
+ONLY=${ONLY:-sft vocab surgery gptq web memory}
+REPEATS=${REPEATS:-3}
+OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and figures.jsonl
+# -----------------
+source scripts/install.sh requirements-test.txt
+python -m pip install --quiet trl==1.16.0 datasets==5.2.0
+export OMP_WAIT_POLICY=passive REPORT=$OUT/figures.jsonl
+mkdir -p "$OUT"
+: > "$REPORT"
+for name in $ONLY; do
+  more=()
+  case $name in
+    sft) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
+    vocab) more=(--data_dir "$DATA_DIR") ;;
+    surgery) more=(--sizes 1.6 --repeats "$REPEATS") ;;
+    web) more=(--repeats "$REPEATS") ;;
+    gptq)  # it asks for another torch than ours
+      [[ -x $OUT/peer/bin/python ]] || { python -m venv "$OUT/peer"; "$OUT/peer/bin/pip" install --quiet torch==2.14.1 gptqmodel==7.7; }
+      more=(--peer "$OUT/peer/bin/python" --data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
+  esac
+  echo "$name" >&2
+  python "benchmarks/$name.py" ${more[@]+"${more[@]}"} | tee "$OUT/$name.md"
+done
+python benchmarks/report.py "$REPORT" | tee "$OUT/README.md"
