@@ -67,8 +67,8 @@ def main(
             print(f"| {name} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
                   f"| {memory / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
         add(name, "supervised tokens/s", speed["ours"], peer, speed["theirs"])
-        ours, theirs = ([run["peak_memory_bytes"] / 1e9 for run in runs] for runs in results.values())
-        add(name, "peak memory, GB", ours, peer, theirs)
+        mine, other = ([run["peak_memory_bytes"] / 1e9 for run in runs] for runs in results.values())
+        add(name, "peak memory, GB", mine, peer, other)
 
 
 def prepare(data_dir: Path, row: str):
