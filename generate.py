@@ -186,9 +186,8 @@ def stream(model, chat: Chat, messages: list[dict], **settings):
                 raise token
             held += decoder.step(chat.tokenizer.backend_tokenizer, token) or ""
             ready = held.rstrip()  # the line break that a template writes before its stop token is no part of the answer
-            if ready:
-                yield held[: len(ready)]
-                held = held[len(ready):]
+            yield held[: len(ready)]  # may be nothing, so that who reads can stop at any token
+            held = held[len(ready):]
     finally:
         closed.set()
         thread.join()

@@ -25,11 +25,13 @@ CODE = re.compile(r"(^(`{3,}|~{3,}).*?(?:^\2|\Z)|(?<![\\`])(`+)(?!`)(?:(?!\n\s*\
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 MATH = re.compile(r"(?<![\\$\w])(\$)(?=[^\s$])([^$\n]*[^\s\\$])(\$)(?![\d$])")
 STYLE = """
-footer {display: none !important}
-.gradio-container {max-width: 1280px !important; margin: 0 auto}
+footer, .top-panel {display: none !important}
+.gradio-container {max-width: 1280px !important; margin: 0 auto !important}
+.gradio-container main {width: 100%}
 #title h1 {font-size: 1.25rem; margin: 0}
+.message-row, .message, .message .prose {min-width: 0; max-width: 100%; overflow-wrap: anywhere}
 .tools button {min-width: 0; padding: .4rem .2rem; font-size: .85rem; white-space: nowrap}
-@media (max-width: 640px) {.gradio-container {padding: 6px !important} .tools {gap: 4px} .tools button {font-size: .75rem}}
+@media (max-width: 640px) {.gradio-container > .main {padding: 8px !important} .tools {gap: 4px} .tools button {font-size: .75rem}}
 """
 SAVE = """text => {
     if (!text) return;
@@ -51,12 +53,14 @@ def check_page(server_name: str, server_port: int, auth: str | None, share: bool
         local = False
     if auth is None and (share or not local):
         raise BadInput(f"{'--share True' if share else f'--server_name={server_name}'} opens the page to others: add --auth user:password")
+    if not 0 < server_port < 65536:
+        raise BadInput(f"--server_port={server_port} is no port: give one from 1024 to 65535")
     try:
         family, *_, address = socket.getaddrinfo(server_name, server_port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, OverflowError) as problem:
+    except OSError as problem:
         raise BadInput(f"--server_name={server_name} --server_port={server_port} cannot be listened on ({problem}): give another --server_port") from None
 
 
@@ -197,7 +201,7 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
     import gradio as gr
 
-    from generate import fit, stream
+    import generate
 
     lock = threading.Lock()
     names = list(choices)
@@ -210,14 +214,14 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
         given = settings | dict(zip(("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"), values))
 
         def answer():  # runs under the lock: one adapter from the first token to the last
-            asked = fit(model, chat, messages, given["max_new_tokens"])
-            if len(asked) < len(messages):
-                gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
             with adapted(model, adapter):
-                yield from stream(model, chat, asked, **given)
+                yield from generate.stream(model, chat, asked, **given)
 
         text = ""
         try:
+            asked = generate.fit(model, chat, messages, given["max_new_tokens"])
+            if len(asked) < len(messages):
+                gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
             for piece in pieces(answer(), lock):
                 text += piece
                 yield shown + [{"role": "assistant", "content": show_text(text)}] if text else shown
@@ -273,7 +277,7 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
 
     def bot(label):
         formulas = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("\u2061$", "$\u2061", False)]
-        return gr.Chatbot(label=label, height="60vh", min_height=320, buttons=["copy"], layout="bubble", feedback_options=None, allow_tags=False,
+        return gr.Chatbot(label=label, show_label=False, height="60vh", min_height=320, buttons=["copy"], layout="bubble", feedback_options=None, allow_tags=False,
                           latex_delimiters=[{"left": left, "right": right, "display": display} for left, right, display in formulas])
 
     def input_box():
@@ -282,18 +286,20 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
 
     def connect(asked, retried, box, bots, answer, chosen):
         """The chain of a question: show it, answer it, open the box again. Returns what a stop has to cancel."""
-        shown = [asked(ask, [box, *bots], [*bots, box], queue=False, api_visibility="private"),
-                 retried(again, bots, [*bots, box], queue=False, api_visibility="private")]
-        answers = [event.success(answer, [*bots, *chosen, system_box, *sliders], bots, concurrency_limit=1, concurrency_id="model", show_progress="hidden",
+        shown = [asked(ask, [box, *bots], [*bots, box], **aside), retried(again, bots, [*bots, box], **aside)]
+        answers = [event.success(answer, [*bots, *chosen, system_box, *sliders], bots, concurrency_limit=1, concurrency_id="model", show_progress="minimal",
                                  api_name=answer.__name__ if event is shown[0] else None, api_visibility="public" if event is shown[0] else "private")
                    for event in shown]
         for event in answers:
-            event.then(ready, None, box, queue=False, api_visibility="private")
-        box.stop(ready, None, box, cancels=answers, queue=False, api_visibility="private")
+            event.then(ready, None, box, **at_once)
+        box.stop(ready, None, box, cancels=answers, **at_once)
         return answers
 
+    at_once = dict(queue=False, api_visibility="private")
+    aside = dict(concurrency_limit=None, show_progress="hidden", api_visibility="private")  # Gradio shows messages of queued events only
+
     with gr.Blocks(title="羊驼 Yangtuo", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
-        gr.Markdown("# 🦙 羊驼 Yangtuo", elem_id="title")
+        gr.Markdown("# 羊驼 Yangtuo", elem_id="title")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 with gr.Tab("对话 Chat"):
@@ -328,16 +334,19 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
 
         retry, undo, change, clear = buttons
         answers = connect(box.submit, retry.click, box, [chatbot], answer_one, [choice])
-        undo.click(lambda shown: (shown[: last_question(shown) or 0], ready()), chatbot, [chatbot, box], cancels=answers, queue=False, api_visibility="private")
-        change.click(edit, chatbot, [chatbot, box], cancels=answers, queue=False, api_visibility="private")
-        clear.click(lambda: ([], ready()), None, [chatbot, box], cancels=answers, queue=False, api_visibility="private")
-        save_button.click(save, [chatbot, system_box], saved, queue=False, api_visibility="private").then(None, saved, None, js=SAVE)
-        load_button.upload(load, load_button, [chatbot, system_box, box], cancels=answers, queue=False, api_visibility="private")
+        undo.click(lambda shown: (shown[: last_question(shown) or 0], ready()), chatbot, [chatbot, box], cancels=answers, **at_once)
+        change.click(edit, chatbot, [chatbot, box], cancels=answers, **at_once)
+        clear.click(lambda: ([], ready()), None, [chatbot, box], cancels=answers, **at_once)
+        save_button.click(save, [chatbot, system_box], saved, **aside).then(None, saved, None, js=SAVE)
+        load_button.upload(load, load_button, [chatbot, system_box, box], cancels=answers, **aside)
         answers = connect(compare_box.submit, compare_retry.click, compare_box, [left, right], answer_two, [left_choice, right_choice])
-        compare_clear.click(lambda: ([], [], ready()), None, [left, right, compare_box], cancels=answers, queue=False, api_visibility="private")
+        compare_clear.click(lambda: ([], [], ready()), None, [left, right, compare_box], cancels=answers, **at_once)
 
-    page.queue(max_size=MAX_WAITING)
-    page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share, prevent_thread_lock=not block,
+    page.queue(max_size=2 * MAX_WAITING)  # ask() refuses earlier, and in two languages
+    page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE, footer_links=[],
-                run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False, quiet=not block)
+                run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False, quiet=True, prevent_thread_lock=True)
+    print(f"the page is at {page.local_url}" + (f" and {page.share_url}" if page.share_url else ""), file=sys.stderr)
+    if block:
+        page.block_thread()
     return page
