@@ -25,13 +25,13 @@ CODE = re.compile(r"(^(`{3,}|~{3,}).*?(?:^\2|\Z)|(?<![\\`])(`+)(?!`)(?:(?!\n\s*\
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 MATH = re.compile(r"(?<![\\$\w])(\$)(?=[^\s$])([^$\n]*[^\s\\$])(\$)(?![\d$])")
 STYLE = """
-footer, .top-panel {display: none !important}
+footer, .top-panel, .wrap:has(> .error) {display: none !important}
 .gradio-container {max-width: 1280px !important; margin: 0 auto !important}
 .gradio-container main {width: 100%}
 #title h1 {font-size: 1.25rem; margin: 0}
 .message-row, .message, .message .prose {min-width: 0; max-width: 100%; overflow-wrap: anywhere}
 .tools button {min-width: 0; padding: .4rem .2rem; font-size: .85rem; white-space: nowrap}
-@media (max-width: 640px) {.gradio-container > .main {padding: 8px !important} .tools {gap: 4px} .tools button {font-size: .75rem}}
+@media (max-width: 640px) {.main.fillable {padding: 8px !important} .tools {gap: 4px} .tools button {font-size: .75rem}}
 """
 SAVE = """text => {
     if (!text) return;
@@ -178,7 +178,7 @@ def explain(problem: Exception) -> str:
     """What a person who asked is told when there is no answer."""
     text = str(problem)
     if isinstance(problem, BadInput):
-        return f"{text}\n\n这个问题太长，或者不合模板：请缩短问题、清空对话，或减小“最大长度”。\nToo long, or not for this template: shorten it, clear the conversation or lower the maximum length."
+        return f"这个问题太长，或者不合模板：请缩短问题、清空对话，或减小“最大长度”。\nShorten it, clear the conversation or lower the maximum length.\n\n{text}"
     traceback.print_exception(problem, file=sys.stderr)
     if isinstance(problem, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
         import torch
@@ -277,7 +277,7 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
 
     def bot(label):
         formulas = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("\u2061$", "$\u2061", False)]
-        return gr.Chatbot(label=label, show_label=False, height="60vh", min_height=320, buttons=["copy"], layout="bubble", feedback_options=None, allow_tags=False,
+        return gr.Chatbot(label=label, show_label=False, height="60vh", min_height=320, buttons=["copy"], feedback_options=None, allow_tags=False,
                           latex_delimiters=[{"left": left, "right": right, "display": display} for left, right, display in formulas])
 
     def input_box():
@@ -325,11 +325,12 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
                         compare_clear = gr.Button("清空 Clear", size="sm", min_width=60)
             with gr.Column(scale=1, min_width=280):
                 system_box = gr.Textbox(system or "", label="系统提示 System prompt", lines=2, max_lines=6, max_length=20_000)
+                longest = max(min(context, 4096), settings["max_new_tokens"])
                 sliders = [gr.Slider(0, 2, settings["temperature"], step=0.05, label="温度 Temperature", info="0：总取最可能的词 always the likeliest"),
                            gr.Slider(0.05, 1, settings["top_p"], step=0.05, label="Top-p"),
                            gr.Slider(0, 200, settings["top_k"], step=1, label="Top-k", info="0：不限 no limit"),
                            gr.Slider(1, 2, settings["repetition_penalty"], step=0.05, label="重复惩罚 Repetition penalty"),
-                           gr.Slider(1, max(min(context, 4096), settings["max_new_tokens"]), settings["max_new_tokens"], step=1, label="最大长度 Max new tokens")]
+                           gr.Slider(1, longest, settings["max_new_tokens"], step=1, label="最大长度 Max new tokens")]
         saved = gr.Textbox(visible=False)
 
         retry, undo, change, clear = buttons
