@@ -105,8 +105,8 @@ def main(
 
     from models import load_choices
 
-    bits = 8 if load_in_8bit else bits
-    model, choices = load_choices(model_name_or_path, name_choices(adapters) if web else {"": lora_path}, template, bits, precision, trust_remote_code, allow_pickle)
+    folders, bits = name_choices(adapters) if web else {"": lora_path}, 8 if load_in_8bit else bits
+    model, choices = load_choices(model_name_or_path, folders, template, bits, precision, trust_remote_code, allow_pickle)
     chat = next(chat for chat, _ in choices.values())
     torch.manual_seed(seed)
 

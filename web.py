@@ -174,11 +174,11 @@ def pieces(answer, lock: threading.Lock):
         closed.set()
 
 
-def explain(problem: Exception) -> str:
+def excuse(problem: Exception) -> str:
     """What a person who asked is told when there is no answer."""
     text = str(problem)
     if isinstance(problem, BadInput):
-        return f"这个问题太长，或者不合模板：请缩短问题、清空对话，或减小“最大长度”。\nShorten it, clear the conversation or lower the maximum length.\n\n{text}"
+        return f"不能这样提问：请缩短问题、清空对话，或减小“最大长度”。\nShorten it, clear the conversation or lower the maximum length.\n\n{text}"
     traceback.print_exception(problem, file=sys.stderr)
     if isinstance(problem, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
         import torch
@@ -227,7 +227,7 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
                 yield shown + [{"role": "assistant", "content": show_text(text)}] if text else shown
             notice = "" if text else "模型什么也没有回答。The model answered nothing."
         except Exception as problem:
-            notice = explain(problem)
+            notice = excuse(problem)
         if notice:
             said = [{"role": "assistant", "content": show_text(text)}] if text else []
             yield shown + said + [{"role": "assistant", "content": show_text(notice), "metadata": {"title": NOTICE}}]
