@@ -7,13 +7,15 @@ Greedy answers of one length to one question, on the CPU. The ways take turns; t
 ask 200 times in a row: every request must be answered or refused in words, and the memory must not grow.
 """
 import contextlib
-import gc
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,7 +67,7 @@ def main(
     model.register_forward_hook(lambda *_: forwards.append(time.perf_counter()))
     page = web.serve_page(model, choices, settings, server_port=7989, block=False)
     client = Client(page.local_url, verbose=False)
-    asked = [{"role": "user", "content": QUESTION}], "base", "", 0.0, 1.0, 0, 1.0, max_new_tokens
+    asked = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}], "base", "", 0.0, 1.0, 0, 1.0, max_new_tokens
 
     def bare():
         with torch.inference_mode():
@@ -115,28 +117,37 @@ def main(
     print(f"\nfrom the model's first token to the client's first character: median {1000 * statistics.median(delays):.0f} ms, longest {1000 * max(delays):.0f} ms")
 
     # ---- many requests ----
-    outcomes, memory = {"answered": 0, "refused": 0, "lost": 0}, []
+    if requests:
+        memory = []
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # so that the memory is the server's alone
+            answers = pool.submit(ask_all, page.local_url, [*asked[:-1], 8], requests, clients)
+            while not answers.done():
+                memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+                time.sleep(0.5)
+        early, late = (statistics.median(memory[int(len(memory) * part) :][: max(len(memory) // 10, 1)]) for part in (0.2, 0.9))
+        print(f"{requests} requests from {clients} clients: {answers.result()}; memory {early:.0f} MiB after a fifth, {late:.0f} MiB at the end ({late / early - 1:+.1%})")
+    page.close()
 
-    def ask(many):
-        own = Client(page.local_url, verbose=False)
-        for _ in range(many):
+
+def ask_all(url: str, asked: list, requests: int, clients: int) -> dict[str, int]:
+    """Ask so many times from so many clients, each of which asks again when it is answered; count how it went."""
+    from gradio_client import Client
+
+    outcomes = Counter(answered=0, refused=0, lost=0)
+
+    def ask(client):
+        for _ in range(requests // clients):
             try:
-                shown = own.predict(*asked[:-1], 8, api_name="/answer_one")
-                outcomes["answered" if shown[-1]["role"] == "assistant" else "lost"] += 1
+                outcomes["answered" if client.predict(*asked, api_name="/answer_one")[-1]["role"] == "assistant" else "lost"] += 1
             except Exception as problem:
-                outcomes["refused" if "full" in str(problem) or "busy" in str(problem) else "lost"] += 1
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+                outcomes["refused" if "full" in str(problem).lower() else "lost"] += 1
 
-    askers = [threading.Thread(target=ask, args=(requests // clients,)) for _ in range(clients if requests else 0)]
+    askers = [threading.Thread(target=ask, args=(Client(url, verbose=False),)) for _ in range(clients)]
     for asker in askers:
         asker.start()
     for asker in askers:
         asker.join()
-    if requests:
-        gc.collect()
-        early, late = statistics.median(memory[requests // 10 : requests // 5]), statistics.median(memory[-requests // 10 :])
-        print(f"{requests} requests from {clients} clients: {outcomes}; memory {early:.0f} MiB after a tenth, {late:.0f} MiB at the end ({late / early - 1:+.1%})")
-    page.close()
+    return dict(outcomes)
 
 
 if __name__ == "__main__":
