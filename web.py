@@ -144,9 +144,7 @@ def pieces(answer, lock: threading.Lock):
     def run():
         try:
             with lock, contextlib.closing(answer):
-                for piece in answer:
-                    if closed.is_set():
-                        break
+                while not closed.is_set() and (piece := next(answer, None)) is not None:
                     found.put(piece)
             found.put(None)
         except Exception as problem:  # raised again where the answer is read
