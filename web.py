@@ -24,15 +24,19 @@ NOTICE = "⚠️ 提示 Notice"
 CODE = re.compile(r"(^(`{3,}|~{3,}).*?(?:^\2|\Z)|(?<![\\`])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\3(?!`))", re.M | re.S)
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 MATH = re.compile(r"(?<![\\$\w])(\$)(?=[^\s$])([^$\n]*[^\s\\$])(\$)(?![\d$])")
-STYLE = """
+STYLE = """<style>
 footer, .top-panel, .wrap:has(> .error) {display: none !important}
-.gradio-container {max-width: 1280px !important; margin: 0 auto !important}
-.gradio-container main {width: 100%}
+.gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important}
 #title h1 {font-size: 1.25rem; margin: 0}
 .message-row, .message, .message .prose {min-width: 0; max-width: 100%; overflow-wrap: anywhere}
 .tools button {min-width: 0; padding: .4rem .2rem; font-size: .85rem; white-space: nowrap}
-@media (max-width: 640px) {.main.fillable {padding: 8px !important} .tools {gap: 4px} .tools button {font-size: .75rem}}
-"""
+@media (max-width: 640px) {
+    .gradio-container .main.fillable {padding: 8px !important}
+    .gradio-container .one {height: 50vh !important}
+    .gradio-container .two {height: 40vh !important}
+    .tools {gap: 6px !important}
+}
+</style>"""
 SAVE = """text => {
     if (!text) return;
     const link = document.createElement("a");
@@ -273,9 +277,9 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
         except BadInput as problem:
             raise gr.Error(f"不能读取 Cannot be read: {str(problem).replace(path, Path(path).name)}", print_exception=False) from None
 
-    def bot(label):
+    def bot(label, kind):
         formulas = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("\u2061$", "$\u2061", False)]
-        return gr.Chatbot(label=label, show_label=False, height="60vh", min_height=320, buttons=["copy"], feedback_options=None, allow_tags=False,
+        return gr.Chatbot(label=label, show_label=False, elem_classes=kind, height="60vh", buttons=["copy"], feedback_options=None, allow_tags=False,
                           latex_delimiters=[{"left": left, "right": right, "display": display} for left, right, display in formulas])
 
     def input_box():
@@ -302,25 +306,24 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
             with gr.Column(scale=3, min_width=320):
                 with gr.Tab("对话 Chat"):
                     choice = gr.Dropdown(names, value=names[0], label="模型 Model", visible=len(names) > 1)
-                    chatbot = bot("对话 Chat")
+                    chatbot = bot("对话 Chat", "one")
                     box = input_box()
                     with gr.Row(elem_classes="tools"):
-                        buttons = [gr.Button(label, size="sm", min_width=60) for label in ("重试 Retry", "撤销 Undo", "编辑 Edit", "清空 Clear")]
-                    with gr.Row(elem_classes="tools"):
-                        save_button = gr.Button("保存对话 Save", size="sm", min_width=60)
-                        load_button = gr.UploadButton("读入对话 Load", size="sm", min_width=60, file_types=[".json", ".jsonl"])
+                        buttons = [gr.Button(label, size="sm", min_width=100) for label in ("重试 Retry", "撤销 Undo", "编辑 Edit", "清空 Clear")]
+                        save_button = gr.Button("保存 Save", size="sm", min_width=100)
+                        load_button = gr.UploadButton("读入 Load", size="sm", min_width=100, file_types=[".json", ".jsonl"])
                 with gr.Tab("对比 Compare", visible=len(names) > 1):
                     with gr.Row():
                         with gr.Column(min_width=300):
                             left_choice = gr.Dropdown(names, value=names[-1], label="左 Left")
-                            left = bot("左 Left")
+                            left = bot("左 Left", "two")
                         with gr.Column(min_width=300):
                             right_choice = gr.Dropdown(names, value=names[0], label="右 Right")
-                            right = bot("右 Right")
+                            right = bot("右 Right", "two")
                     compare_box = input_box()
                     with gr.Row(elem_classes="tools"):
-                        compare_retry = gr.Button("重试 Retry", size="sm", min_width=60)
-                        compare_clear = gr.Button("清空 Clear", size="sm", min_width=60)
+                        compare_retry = gr.Button("重试 Retry", size="sm", min_width=100)
+                        compare_clear = gr.Button("清空 Clear", size="sm", min_width=100)
             with gr.Column(scale=1, min_width=280):
                 system_box = gr.Textbox(system or "", label="系统提示 System prompt", lines=2, max_lines=6, max_length=20_000)
                 longest = max(min(context, 4096), settings["max_new_tokens"])
@@ -343,7 +346,7 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
 
     page.queue(max_size=2 * MAX_WAITING)  # ask() refuses earlier, and in two languages
     page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE, footer_links=[],
+                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), head=STYLE, footer_links=[],
                 run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False, quiet=True, prevent_thread_lock=True)
     print(f"the page is at {page.local_url}" + (f" and {page.share_url}" if page.share_url else ""), file=sys.stderr)
     if block:
