@@ -1,11 +1,12 @@
-"""Talk to a model: one prompt, a file of them, or a chat in the terminal.
+"""Talk to a model: one prompt, a file of them, a chat in the terminal or in the browser.
 
 Reads   a model folder, and an adapter from finetune_lora.py if there is one
-Writes  answers to the terminal, or to output_file
+Writes  answers to the terminal, to output_file or to a web page
 
     python generate.py --model_name_or_path M                                             # chat
     python generate.py --model_name_or_path M --lora_path A --prompt '你好'                # one answer
     python generate.py --model_name_or_path M --input_file in.jsonl --output_file out.jsonl
+    python generate.py --model_name_or_path M --lora_path A,B --web True                  # a page, to compare them on
 
 The prompt is the one the model was trained with: template and stop tokens come with the model or adapter.
 """
@@ -21,6 +22,7 @@ from typing import Literal
 from chat import Chat
 from records import prompt_messages, read_rows
 from utils import BadInput, check_adapter, check_file, check_model, cli
+from web import check_page, name_choices, serve_page
 
 
 def main(
@@ -32,6 +34,7 @@ def main(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     bits: Literal[16, 8, 4] = 16,
+    load_in_8bit: bool = False,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     # what to answer
     prompt: str | None = None,
@@ -39,6 +42,12 @@ def main(
     input_file: str | None = None,
     output_file: str | None = None,
     per_device_eval_batch_size: int = 8,
+    # the page
+    web: bool = False,
+    server_name: str = "127.0.0.1",
+    server_port: int = 7860,
+    auth: str | None = None,
+    share: bool = False,
     # how
     max_new_tokens: int = 512,
     temperature: float = 0.7,
@@ -47,7 +56,7 @@ def main(
     repetition_penalty: float = 1.0,
     seed: int = 42,
 ):
-    """Answer a prompt, a file of prompts, or a person in the terminal.
+    """Answer a prompt, a file of prompts, or a person in the terminal or, with --web True, in the browser; lora_path then takes several folders with commas.
 
     Args:
         model_name_or_path: Folder or hub name of the base model.
@@ -56,12 +65,18 @@ def main(
         trust_remote_code: Run Python code that comes with the model.
         allow_pickle: Load weights that are pickles, which can run code.
         bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
+        load_in_8bit: Another name for --bits 8.
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         prompt: One question to answer.
         system: System text of the prompt or of the chat.
         input_file: Records or {"prompt": ...} lines to answer.
         output_file: Where their lines go, each with its answer added; a run that was killed goes on where it was.
         per_device_eval_batch_size: Prompts of input_file that are answered together.
+        web: Serve a chat page; several adapters can be chosen from and compared there.
+        server_name: Address that the page listens on; another than this machine's own needs auth.
+        server_port: Port of the page.
+        auth: Who may use the page, as user:password.
+        share: Open the page to the internet too, through a tunnel of Gradio's; needs auth.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_p: Sample among the likeliest tokens that together have this probability.
@@ -73,7 +88,13 @@ def main(
     check_file("input_file", input_file)
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
-    check_adapter(lora_path)
+    adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
+    for folder in adapters:
+        check_adapter(folder)
+    if web:
+        check_page(server_name, server_port, auth, share)
+    elif len(adapters) > 1:
+        raise BadInput(f"--lora_path={lora_path}: several adapters are for the page, add --web True; here give one")
     rows, lines = unanswered(input_file, output_file) if input_file else ([], [])
     if input_file and len(lines) == len(rows):
         return print(f"all {len(rows)} records are answered in {output_file} already", file=sys.stderr)
@@ -82,10 +103,16 @@ def main(
     # ---- load ----
     import torch
 
-    model, chat = load(model_name_or_path, lora_path, template, bits, precision, trust_remote_code, allow_pickle)
+    from models import load_choices
+
+    folders, bits = name_choices(adapters) if web else {"": lora_path}, 8 if load_in_8bit else bits
+    model, choices = load_choices(model_name_or_path, folders, template, bits, precision, trust_remote_code, allow_pickle)
+    chat = next(chat for chat, _ in choices.values())
     torch.manual_seed(seed)
 
     # ---- answer ----
+    if web:
+        return serve_page(model, choices, settings, system, server_name, server_port, auth, share)
     start = [{"role": "system", "content": system}] if system else []
     if input_file:
         answer_file(model, chat, rows, lines, output_file, start, per_device_eval_batch_size, seed, settings)
@@ -99,19 +126,10 @@ def main(
 
 def load(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
     """(model, Chat) ready to generate: the tokenizer and template of the adapter if it brings its own, else of the base."""
-    import torch
+    from models import load_choices
 
-    from models import DTYPES, add_token_rows, choose_precision, load_adapter, load_model, load_tokenizer
-
-    tuned = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
-    chat = Chat(load_tokenizer(tuned, trust_remote_code), template)
-    model = load_model(model_name_or_path, DTYPES[choose_precision(precision)], bits, trust_remote_code=trust_remote_code,
-                       allow_pickle=allow_pickle, device_map={"": "cuda" if torch.cuda.is_available() else "cpu"})
-    rows = model.get_input_embeddings().weight.shape[0]  # an adapter's template may have added tokens to its base's
-    add_token_rows(model, chat.tokenizer, [token for token, i in chat.tokenizer.get_added_vocab().items() if i >= rows])
-    if lora_path:
-        model = load_adapter(model, lora_path, model_name_or_path, allow_pickle)
-    return model.eval(), chat
+    model, choices = load_choices(model_name_or_path, {"": lora_path}, template, bits, precision, trust_remote_code, allow_pickle)
+    return model, choices[""][0]
 
 
 def generation_arguments(model, chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
@@ -119,6 +137,9 @@ def generation_arguments(model, chat, max_new_tokens, temperature, top_p, top_k,
     sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     if temperature > 0:
         sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows > len(chat.tokenizer):  # padding, or tokens that another adapter added
+        sampling["suppress_tokens"] = list(range(len(chat.tokenizer), rows))
     return sampling | dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
 
 
@@ -165,9 +186,8 @@ def stream(model, chat: Chat, messages: list[dict], **settings):
                 raise token
             held += decoder.step(chat.tokenizer.backend_tokenizer, token) or ""
             ready = held.rstrip()  # the line break that a template writes before its stop token is no part of the answer
-            if ready:
-                yield held[: len(ready)]
-                held = held[len(ready):]
+            yield held[: len(ready)]  # may be nothing, so that who reads can stop at any token
+            held = held[len(ready):]
     finally:
         closed.set()
         thread.join()

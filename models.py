@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no other
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from chat import Chat
 from gptq import dequantized_state, gptq_config, has_gptqmodel
 from utils import BadInput, fingerprint
 
@@ -183,6 +184,28 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
     if wanted - found:
         raise BadInput(f"{lora_path} lacks {len(wanted - found)} tensors, {min(wanted - found)} for one")
     return adapted
+
+
+def load_choices(model_name_or_path, folders: dict[str, str | None], template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
+    """(model, {name: (Chat, adapter)}), ready to generate: one base, and adapters over it to choose from.
+
+    Args:
+        folders: {name: folder of an adapter}, or None for the base itself. Each has a Chat of its own, with the tokenizer and
+            template of the adapter if it brings them, else of the base.
+    """
+    choices = {}
+    for name, folder in folders.items():
+        tuned = folder if folder and Path(folder, "tokenizer_config.json").is_file() else model_name_or_path
+        choices[name] = Chat(load_tokenizer(tuned, trust_remote_code), template), f"adapter{len(choices)}" if folder else None
+    model = load_model(model_name_or_path, DTYPES[choose_precision(precision)], bits, trust_remote_code=trust_remote_code,
+                       allow_pickle=allow_pickle, device_map={"": "cuda" if torch.cuda.is_available() else "cpu"})
+    rows = model.get_input_embeddings().weight.shape[0]  # an adapter's template may have added tokens to its base's
+    for chat, _ in choices.values():  # one id may be another token elsewhere: the rows start alike, and each adapter brings what it made of them
+        add_token_rows(model, chat.tokenizer, [token for token, i in chat.tokenizer.get_added_vocab().items() if i >= rows])
+    for name, (_, adapter) in choices.items():
+        if adapter:
+            model = load_adapter(model, folders[name], model_name_or_path, allow_pickle, adapter)
+    return model.eval(), choices
 
 
 def first_line(problem: BaseException) -> str:

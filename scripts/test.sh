@@ -3,5 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/install.sh requirements-test.txt
+if ! command -v chromium chromium-browser google-chrome > /dev/null; then  # the browser that the page is tested in
+  SUDO=$([[ $(id -u) == 0 ]] || echo sudo -n)
+  { $SUDO apt-get -qq update && DEBIAN_FRONTEND=noninteractive $SUDO apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
+    || echo "chromium could not be installed, tests of the page will fail: apt-get install -y chromium" >&2
+fi
 export OMP_WAIT_POLICY=passive
 exec python -m pytest -q tests "$@"
