@@ -146,7 +146,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        scaled = [whole.mul_(gradient) for whole in ctx.gradients]
+        scaled, ctx.gradients = [whole.mul_(gradient) for whole in ctx.gradients], None  # kept here, they would be copied into .grad
         return scaled[0], None, None, *scaled[1:]
 
 
