@@ -142,6 +142,7 @@ class HeadLoss(torch.autograd.Function):
             ctx.gradients[0][begin:end], *of_parameters = torch.autograd.grad(logits, (chunk, *parameters), gradient.to(logits.dtype))
             for whole, part in zip(ctx.gradients[1:], of_parameters):
                 whole += part
+            del logits, gradient  # else they would still be there while the next chunk's are made
         return total
 
     @staticmethod
@@ -174,10 +175,9 @@ def supervised_forward(self, input_ids, labels, num_items_in_batch=None, positio
     hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
     supervised = labels[:, 1:] != IGNORE_INDEX
     hidden, targets, head = hidden[:, :-1][supervised], labels[:, 1:][supervised], self.get_output_embeddings()  # (N, D), (N,)
-    correct = None
     parameters = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and not any(hasattr(p, "ds_id") for p in head.parameters()):
-        loss = HeadLoss.apply(hidden, targets, head, *parameters)
+        loss, correct = HeadLoss.apply(hidden, targets, head, *parameters), None
     else:
         # Evaluation; and ZeRO-3, which gathers a sharded head by hooks of autograd's own graph
         loss, correct = hidden.sum(dtype=torch.float32) * 0.0, 0  # in fp16 the sum may be infinite, and 0 times that is no number
