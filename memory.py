@@ -206,16 +206,16 @@ def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
     layers = shapes.layers - run.freeze_layers
     inputs = stream * shapes.width * tokens
     activations = layers * inputs if run.gradient_checkpointing else layers * kept * tokens
-    recomputed = kept * tokens if run.gradient_checkpointing else 0
-    chunk = min(supervised, max(1, LOGITS_AT_ONCE // shapes.vocabulary))
+    recomputed = kept * tokens - inputs * (stream == 4) if run.gradient_checkpointing else 0  # the norm keeps its input, in fp32
+    chunk = min(supervised, max(1, LOGITS_AT_ONCE // shapes.vocabulary)) * shapes.vocabulary  # logits at once
     trains_head = bool(embeddings) and not (full and shapes.tied and run.freeze_layers)
-    head_gradient = shapes.table * master * trains_head
-    hidden = shapes.width * (half if not autocast else stream)
-    logits = chunk * shapes.vocabulary * (4 + 2 * half if half < 4 else 8)
-    of_head = 2 * supervised * hidden + (tokens * (8 * shapes.width + 2 * hidden)) + logits
-    of_head += head_gradient * 2 + shapes.table * half * (autocast and trains_head) * 2
+    head_gradient, head_copy = shapes.table * master * trains_head, shapes.table * half * (autocast and trains_head)
+    hidden = shapes.width * (half if run.zero is not None else stream)
+    # The final norm; supervised states and their gradients; then logits, fp32 logits and probabilities, or those with the head's gradients
+    of_head = tokens * (8 * shapes.width + 2 * hidden) + 2 * supervised * hidden + head_gradient + head_copy
+    of_head += max(chunk * (8 if half == 4 else 10), chunk * 8 + head_gradient + head_copy)
     if stage == 3:
-        of_head = 2 * supervised * hidden + chunk * shapes.vocabulary * (2 * half + 12)
+        of_head = 2 * supervised * hidden + chunk * (2 * half + 12)
     copies = half * shapes.count() if full and autocast else 0  # autocast keeps what it casts until the forward pass is over
     dequantized = max(l.d_in * l.d_out for l in shapes.linears) * half if quantized or run.use_dora else 0
     before = gradients if run.gradient_accumulation_steps > 1 or stage else 0

@@ -140,8 +140,8 @@ class HeadLoss(torch.autograd.Function):
             total -= gradient.gather(1, target).sum()
             gradient.exp_().scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
             ctx.gradients[0][begin:end], *of_parameters = torch.autograd.grad(logits, (chunk, *parameters), gradient.to(logits.dtype))
-            for whole, part in zip(ctx.gradients[1:], of_parameters):
-                whole += part
+            for whole in ctx.gradients[1:]:
+                whole += of_parameters.pop(0)
             del logits, gradient  # else they would still be there while the next chunk's are made
         return total
 
