@@ -4,11 +4,11 @@ Follows what training.py allocates: documents packed without a mask, a head that
 layer under gradient checkpointing. Nothing here imports torch. benchmarks/memory.py holds it against measurement.
 """
 import difflib
+import heapq
 import json
 import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +60,9 @@ class Shapes(NamedTuple):
     tied: bool
     assumed: str  # what is not known, and taken for granted
 
-    def count(self, linear=lambda linear: True) -> int:
+    def count(self) -> int:
         """Weights of the linears of all layers."""
-        return self.layers * sum(l.d_in * l.d_out + l.bias * l.d_out for l in self.linears if linear(l))
+        return self.layers * sum(linear.d_in * linear.d_out + linear.bias * linear.d_out for linear in self.linears)
 
     @property
     def table(self) -> int:
@@ -89,7 +89,8 @@ def read_shapes(model_name_or_path: str) -> Shapes:
     name = re.sub(r"-(hf|instruct|chat|base|v0\.\d)$", "", path.name.lower())
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0)[0]
-        raise BadInput(f"{model_name_or_path} is no folder, no config.json and no size that is known here: did you mean {near}? Known: {', '.join(SIZES)}")
+        raise BadInput(f"{model_name_or_path} is no folder, no config.json and no size that is known here (nothing is downloaded): did you mean {near}? "
+                       f"Known: {', '.join(SIZES)}")
     return shapes_of(SIZES[name], name)
 
 
@@ -158,109 +159,168 @@ class Run(NamedTuple):
 
 
 def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
-    """Bytes on one card, by what they are for, at the moment when they are most; "host" are those in RAM besides.
-
-    Each tensor of a layer is counted as autograd keeps it; T = tokens of the micro-batch, D = width, F = inner width.
-    """
-    zero, stage = run.zero or {}, (run.zero or {}).get("stage", 0)
-    lora, full = run.train == "lora", run.train == "full"
-    half = 4 if run.precision == "fp32" else 2  # bytes of what is computed in
-    autocast = half == 2 and run.zero is None
-    master = half if run.zero is not None else 4  # bytes of a trained weight on the card
-    adapts = lambda linear: lora and run.lora_target_modules in ("all-linear", linear.name) or linear.name in targets
-    targets = [name.strip() for name in run.lora_target_modules.split(",")] if lora else []
+    """Bytes on one card, by what they are for, at the moment when they are most; "host" are those in RAM besides."""
+    full, tokens = run.train == "full", run.tokens
+    computed = 4 if run.precision == "fp32" else 2  # bytes of a number that is computed with
+    autocast = computed == 2 and run.zero is None
+    master = 4 if run.zero is None else computed  # bytes of a trained weight on the card
+    targets = [name.strip() for name in run.lora_target_modules.split(",")] if run.train == "lora" else []
+    adapted = [linear for linear in shapes.linears if {"all-linear", linear.name} & {*targets}]
 
     # ---- what is there all the time ----
-    per_layer = shapes.count() // shapes.layers + shapes.in_norms
     tables = (1 if shapes.tied else 2) * shapes.table
-    adapters = shapes.layers * sum(run.lora_r * (l.d_in + l.d_out) + run.use_dora * l.d_out for l in shapes.linears if adapts(l))
-    tuned = {"full": shapes.weights - run.freeze_layers * per_layer - bool(run.freeze_layers) * shapes.table, "embeddings": tables, "lora": run.tables * tables}[run.train]
-    frozen = shapes.weights - (0 if lora else tuned)  # under LoRA trained tables are copies
+    adapters = shapes.layers * sum(run.lora_r * (linear.d_in + linear.d_out) + run.use_dora * linear.d_out for linear in adapted)
+    trained = {"full": shapes.weights, "embeddings": tables, "lora": tables * run.tables}[run.train]
+    if run.freeze_layers:  # the embedding as well
+        trained -= run.freeze_layers * (shapes.count() // shapes.layers + shapes.in_norms) + shapes.table
+    trains_head = trained >= tables or (full and not shapes.tied)
+    frozen = shapes.weights - (0 if run.train == "lora" else trained)  # under LoRA the trained tables are copies
     quantized = shapes.count() if run.bits < 16 else 0
-    scales = shapes.layers * sum(l.d_out * 4 if run.bits == 8 else l.d_in * l.d_out / 64 * (1 + 4 / 256) for l in shapes.linears) if quantized else 0
-    weights = tuned * master + (frozen - quantized) * (master if full else half) + quantized * run.bits / 8
-    trained, embeddings = tuned + adapters, min(tuned, tables)
-    gradients, optimizer = trained * master, optimizer_bytes(run.optim, trained, embeddings)
-    optimizer += 4 * trained * (run.zero is not None and half == 2)  # DeepSpeed's fp32 copy
-    buffers = host = 0
-    if run.ranks > 1 and run.zero is None:
-        buffers = gradients  # DDP's buckets
-    if stage == 2:
-        buffers = 2 * half * min(trained, shapes.width**2) + half * min(trained, zero.get("allgather_bucket_size", 5e8))
-    if stage >= 1:
-        optimizer /= run.ranks
-    if stage >= 2:
-        gradients /= run.ranks
-    if stage == 3:
-        buffers = half * min(shapes.weights, zero.get("stage3_max_live_parameters", 1e9))
-        weights /= run.ranks
-    if zero.get("offload_optimizer", {}).get("device") == "cpu":
-        host, optimizer, gradients = 16 * trained, 0, min(gradients, 2 * half * shapes.width**2)
-    if zero.get("offload_param", {}).get("device") == "cpu":
-        host, weights = host + half * shapes.weights, 0
+    scales = 0.0
+    if run.bits == 8:  # one in fp32 for each row
+        scales = 4 * shapes.layers * sum(linear.d_out for linear in shapes.linears)
+    elif run.bits == 4:  # one in 8 bit for each 64 weights, and for each 256 of them one in fp32
+        scales = quantized / 64 * (1 + 4 / 256)
+    weights = trained * master + (frozen - quantized) * (master if full else computed) + quantized * run.bits / 8
+    gradients = (trained + adapters) * master
+    optimizer = optimizer_bytes(run.optim, trained + adapters, tables if trains_head else 0)
+    buffers = gradients if run.ranks > 1 and run.zero is None else 0  # DDP's buckets
+    host = 0.0
+    if run.zero is not None:
+        zero, stage, bucket = run.zero, run.zero.get("stage", 0), min(trained + adapters, shapes.width**2)
+        optimizer += 4 * (trained + adapters) * (computed == 2)  # its own copy in fp32
+        optimizer /= run.ranks if stage >= 1 else 1
+        gradients /= run.ranks if stage >= 2 else 1
+        buffers = 2 * computed * bucket + computed * min(trained + adapters, zero.get("allgather_bucket_size", 5e8)) if stage < 3 else 0
+        if stage == 3:
+            weights, buffers = weights / run.ranks, computed * min(shapes.weights, zero.get("stage3_max_live_parameters", 1e9))
+        if zero.get("offload_optimizer", {}).get("device") == "cpu":
+            host, optimizer, gradients = 16 * (trained + adapters), 0, min(gradients, 2 * computed * bucket)
+        if zero.get("offload_param", {}).get("device") == "cpu":
+            host, weights = host + computed * shapes.weights, 0
 
     # ---- what comes and goes with the tokens ----
-    tokens, supervised = run.tokens, run.tokens if run.supervised is None else run.supervised
-    stream = 4 if autocast and (embeddings or full) else half  # bytes of the hidden states between layers: fp32 tables give fp32
-    kept, working = layer_bytes(shapes, run, adapts, half, stream)
-    layers = shapes.layers - run.freeze_layers
-    inputs = stream * shapes.width * tokens
-    activations = layers * inputs if run.gradient_checkpointing else layers * kept * tokens
-    recomputed = kept * tokens - inputs * (stream == 4) if run.gradient_checkpointing else 0  # the norm keeps its input, in fp32
-    chunk = min(supervised, max(1, LOGITS_AT_ONCE // shapes.vocabulary)) * shapes.vocabulary  # logits at once
-    trains_head = bool(embeddings) and not (full and shapes.tied and run.freeze_layers)
-    head_gradient, head_copy = shapes.table * master * trains_head, shapes.table * half * (autocast and trains_head)
-    hidden = shapes.width * (half if run.zero is not None else stream)
-    # The final norm; supervised states and their gradients; then logits, fp32 logits and probabilities, or those with the head's gradients
-    of_head = tokens * (8 * shapes.width + 2 * hidden) + 2 * supervised * hidden + head_gradient + head_copy
-    of_head += max(chunk * (8 if half == 4 else 10), chunk * 8 + head_gradient + head_copy)
-    if stage == 3:
-        of_head = 2 * supervised * hidden + chunk * (2 * half + 12)
-    copies = half * shapes.count() if full and autocast else 0  # autocast keeps what it casts until the forward pass is over
-    dequantized = max(l.d_in * l.d_out for l in shapes.linears) * half if quantized or run.use_dora else 0
-    before = gradients if run.gradient_accumulation_steps > 1 or stage else 0
-    last_table = shapes.table * master * bool(embeddings) * (shapes.tied or run.gradient_accumulation_steps > 1)
-    moments = [  # gradients, activations, head and loss, quantisation buffers
-        (before, activations + copies, of_head, 0),  # the head
-        (max(before, min(gradients, head_gradient)), activations + recomputed + working * tokens + copies * (not run.gradient_checkpointing), supervised * hidden, dequantized),  # backward of the last layer
-        (gradients, (kept + working) * tokens + inputs, 0, dequantized),  # backward of the first
-        (gradients, 0, last_table, 0),  # gradient of the embedding
-        (gradients + 4 * trained * (run.optim == "adamw_torch"), 0, 0, 0),
-    ]
-    gradients, activations, of_head, dequantized = max(moments, key=sum)
-    return {"weights": weights, "adapters": adapters * master, "gradients": gradients, "optimizer": optimizer, "activations": activations, "head and loss": of_head,
-            "quantisation": scales + dequantized, "ranks and ZeRO": buffers, "framework": CUDA if run.gpu else 0, "host": host}
+    stream = 4 if autocast and trained else computed  # of the hidden states between layers: an fp32 embedding makes them fp32
+    kept, working = layer_bytes(shapes, run, adapted, computed, stream)
+    layers, inputs = shapes.layers - run.freeze_layers, tokens * shapes.width * stream
+    activations = layers * (inputs if run.gradient_checkpointing else kept * tokens)
+    again = kept * tokens - inputs * (stream == 4) if run.gradient_checkpointing else 0  # of the layer that is recomputed; its norm keeps the input
+    copies = computed * shapes.count() if full and autocast else 0  # what autocast has cast stays until the forward pass is over
+    before = gradients if run.gradient_accumulation_steps > 1 or run.zero is not None else 0
+    head = head_bytes(shapes, run, computed, stream, trains_head * master * shapes.table, trains_head * autocast * computed * shapes.table)
+    second_table = shapes.table * master * (trained > 0 and (shapes.tied or before > 0))  # a gradient that is added to one that is there
+    whole = max(linear.d_in * linear.d_out for linear in shapes.linears) * computed * (run.bits < 16 or run.use_dora)  # dequantized, or added up
+    of_head = trains_head * master * shapes.table
+    # Gradients appear as activations go, from the last layer to the first, so that the ends are enough
+    moments = {  # gradients, activations, head and loss, quantisation buffers
+        "head": (before, activations + copies, head, 0),
+        "last layer": (max(before, min(gradients, of_head)), activations + again + working * tokens + copies * (not run.gradient_checkpointing),
+                       shapes.width * stream * (tokens if run.supervised is None else run.supervised), whole),
+        "first layer": (gradients, (kept + working) * tokens + inputs, 0, whole),
+        "embedding": (gradients, 0, second_table, 0),
+        "step": (gradients, 0, 4 * (trained + adapters) * (run.optim == "adamw_torch" and run.gpu), 0),  # its roots, of all weights at once
+    }
+    gradients, activations, head, whole = max(moments.values(), key=sum)
+    return {"weights": weights, "adapters": adapters * master, "gradients": gradients, "optimizer": optimizer, "activations": activations,
+            "head and loss": head, "quantisation": scales + whole, "ranks and ZeRO": buffers, "framework": CUDA if run.gpu else 0, "host": host}
 
 
-def layer_bytes(shapes: Shapes, run: Run, adapts, half: int, stream: int) -> tuple[float, float]:
-    """Bytes a token that autograd keeps of one layer, and that its backward pass needs at the most on top."""
-    full, width, inner = run.train == "full", shapes.width, shapes.inner
-    mask = 1 if run.gpu else half  # dropout keeps a mask, on a CPU as wide as what it masks
-    kept = 0.0
-    for source in dict.fromkeys(l.source for l in shapes.linears):
-        readers = [l for l in shapes.linears if l.source == source]
-        adapted = sum(map(adapts, readers))
-        own_copies = stream > half and source.startswith("norm")  # autocast casts for each linear apart
-        if full:
-            copies = len(readers) if own_copies else 1
-        elif adapted and run.lora_dropout:
-            copies = adapted * (1 + mask / half) + (run.bits == 8 and run.gpu)
-        else:
-            copies = adapted if own_copies else bool(adapted) or (run.bits == 8 and run.gpu)
-        kept += copies * half * readers[0].d_in + adapted * half * run.lora_r
+def head_bytes(shapes: Shapes, run: Run, computed: int, stream: int, gradient: int, copy: int) -> float:
+    """Bytes of the final norm, the head and the loss while a chunk of logits is there.
+
+    Args:
+        gradient: Bytes of the head's gradient, if it is trained.
+        copy: Bytes of the head as autocast casts it, if it does.
+    """
+    supervised = run.tokens if run.supervised is None else run.supervised
+    logits = min(supervised, max(1, LOGITS_AT_ONCE // shapes.vocabulary)) * shapes.vocabulary
+    states = 2 * supervised * shapes.width * stream  # the supervised ones, and their gradient
+    if run.zero is not None and run.zero.get("stage") == 3:  # plain autograd: logits, in fp32, their logarithms and the gradients of these
+        return states + logits * (2 * computed + 12)
+    norm = run.tokens * shapes.width * (8 + 2 * stream)
+    # Logits, what the softmax casts and gives; then logits, gradient, and the head's gradient of this chunk beside that of all
+    return norm + states + gradient + copy + max(logits * (8 if computed == 4 else 10), logits * 8 + gradient + copy)
+
+
+def layer_bytes(shapes: Shapes, run: Run, adapted: list[Linear], computed: int, stream: int) -> tuple[float, float]:
+    """Bytes a token that autograd keeps of one layer, and that its backward pass needs besides.
+
+    Args:
+        adapted: Linears with a LoRA update.
+        computed: Bytes of a number inside of the layer.
+        stream: Bytes of a number between layers.
+    """
+    full, width, kept = run.train == "full", shapes.width, 0.0
+    dropped = run.lora_dropout > 0 and bool(adapted)
+    mask = 1 if run.gpu else computed  # of dropout
+    for source in dict.fromkeys(linear.source for linear in shapes.linears):
+        readers = [linear for linear in shapes.linears if linear.source == source]
+        updates = sum(linear in adapted for linear in readers)
         if source.startswith("norm"):
-            kept += 4 * width + 4 + stream * width * full  # its input in fp32, the root, and what its weight multiplies
-    attention = sum(l.d_out for l in shapes.linears if l.source == "norm1") + next(l.d_in for l in shapes.linears if l.source == "attention")
-    kept += half * attention + 4 * shapes.heads  # queries, keys, values, output and the logarithms of the sums
-    kept += (3 if shapes.kind != "bloom" else 2) * half * inner  # gate, its activation, up
-    dropped = run.train == "lora" and run.lora_dropout
-    working = stream * width + half * inner * (1 if dropped else 2)
-    return kept, working
+            kept += 4 * width + 4 + stream * width * full  # its input in fp32, a root, and what its weight multiplies
+        inputs = len(readers) if full else updates
+        if not (stream > computed and source.startswith("norm")) and not (dropped and updates):
+            inputs = min(inputs, 1)  # one for all; else autocast or dropout makes one for each
+        kept += readers[0].d_in * (inputs * (computed + mask * (dropped and updates > 0)) + computed * (run.bits == 8)) + updates * computed * run.lora_r
+    queries_keys_values = sum(linear.d_out for linear in shapes.linears if linear.source == "norm1")
+    attended = next(linear.d_in for linear in shapes.linears if linear.source == "attention")
+    kept += computed * (queries_keys_values + attended) + 4 * shapes.heads  # and the logarithms of the sums
+    kept += computed * shapes.inner * (2 if shapes.kind == "bloom" else 3)  # the inner layer, its activation, and what gates it
+    return kept, stream * width + computed * shapes.inner * (1 if dropped else 2)
 
 
-def optimizer_bytes(optim: str, trained: int, embeddings: int) -> float:
-    """State of an optimizer; bitsandbytes leaves embeddings in fp32."""
-    bytes_each = next((size for name, size in OPTIMIZERS.items() if name in optim), 8)
-    if "8bit" in optim:
-        return (trained - embeddings) * bytes_each / 4 + embeddings * bytes_each
-    return trained * bytes_each
+def optimizer_bytes(optim: str, trained: int, tables: int) -> float:
+    """State of an optimizer, AdamW's if it is not known; bitsandbytes keeps that of embeddings in fp32."""
+    each = next((size for name, size in OPTIMIZERS.items() if name in optim), 8)
+    return each * (trained - tables) / 4 + each * min(trained, tables) if "8bit" in optim else each * trained
+
+
+# ---- from flags, in every script ----
+def run_of(flags: dict, *, tokens: int, precision: str, optim: str, zero: dict | None, ranks: int, gpu: bool) -> Run:
+    """The run that a training script's flags describe; those that it does not have are left at their defaults."""
+    train = flags.get("train") or ("lora" if "lora_r" in flags else "full")
+    known = {name: flags[name] for name in Run._fields if flags.get(name) is not None}
+    return Run(**known | dict(train=train, tables="train" in flags and train == "lora", tokens=tokens, precision=precision, optim=optim, zero=zero,
+                              ranks=ranks, gpu=gpu))
+
+
+def read_zero(path: str | None) -> dict | None:
+    """The section zero_optimization of a DeepSpeed file; None without one."""
+    try:
+        return None if path is None else json.loads(Path(path).read_text("utf-8")).get("zero_optimization", {})
+    except (OSError, json.JSONDecodeError, AttributeError) as problem:
+        raise BadInput(f"--deepspeed={path} cannot be read: {problem}") from None
+
+
+def total(parts: dict[str, float]) -> float:
+    """Bytes on the card."""
+    return sum(size for name, size in parts.items() if name != "host")
+
+
+def announce_memory(config: dict, flags: dict, args, lengths, precision: str, refuse: bool) -> None:
+    """Print the estimate of a run that is about to load its model; BadInput if it does not fit and `refuse` is set.
+
+    Args:
+        args: The TrainingArguments.
+        lengths: Tokens of each block.
+    """
+    import torch
+
+    gpu, batch = args.device.type == "cuda", flags["per_device_train_batch_size"]
+    tokens = sum(heapq.nlargest(batch, map(int, lengths)))
+    shapes = shapes_of(config, flags["model_name_or_path"])
+    parts = estimate(shapes, run_of(flags, tokens=tokens, precision=precision, optim=getattr(args.optim, "value", args.optim),
+                                    zero=read_zero(args.deepspeed), ranks=args.world_size, gpu=gpu))
+    if gpu:
+        where, needed, free = "this GPU", total(parts), torch.cuda.mem_get_info()[0] + CUDA  # its context is there already
+    else:
+        where, needed = "this machine", total(parts) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size > 0.005 * needed)
+    line = f"memory (estimate): {needed / 1e9:.2f} GB for {tokens:,} tokens at once ({sizes}); {where} has {free / 1e9:.1f} GB free"
+    if needed > free and refuse:
+        raise BadInput(f"{line}. estimate_memory.py --fit {free / 1e9:.0f}, with these flags, says what to change")
+    if args.process_index == 0:
+        print(line + (f"; {shapes.assumed}" if shapes.assumed else ""), file=sys.stderr)
+        if needed > free:
+            print(f"this will hardly fit: estimate_memory.py --fit {free / 1e9:.0f}, with these flags, says what to change", file=sys.stderr)

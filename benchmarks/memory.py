@@ -6,7 +6,6 @@ Each row trains a random LLaMA for two steps of two optimizer states, in a proce
 was alive at the most: on a CPU torch's profiler, which notes every allocation, on a GPU max_memory_allocated. What lies
 outside of torch's allocator (CUDA's context, Python) is neither measured nor estimated here.
 """
-import json
 import os
 import subprocess
 import sys
@@ -128,6 +127,8 @@ def measure(shapes: dict, changes: dict) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             if flags.get("bits"):
                 model = load_model(f"{folder}/base", torch_dtype, flags["bits"], attn_implementation="documents")
+                for tensor in (*model.parameters(), *model.buffers()):  # on a CPU they are parts of the whole file in memory
+                    tensor.data = tensor.data.clone()
             else:
                 model = LlamaForCausalLM._from_config(config, attn_implementation="documents", dtype=torch.float32 if flags["train"] == "full" else torch_dtype)
             if flags.get("freeze_layers"):
