@@ -14,6 +14,7 @@ can need less. benchmarks/memory.py compares the arithmetic (memory.py) with mea
 import importlib
 import inspect
 import itertools
+import os
 import shlex
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,8 @@ from utils import BadInput, RunStopped, check_file, check_positive, cli
 CARDS = (11, 16, 24, 40, 80)
 WHAT = {"weights": "as they lie on the card", "adapters": "A and B of each adapted layer", "gradients": "of what is trained", "optimizer": "its state",
         "activations": "what the backward pass needs of the layers", "head and loss": "one chunk of logits, and the head's gradient",
-        "quantisation": "scales, and one layer's weights as they were", "ranks and ZeRO": "buckets, and gathered layers", "framework": "CUDA, cuBLAS, fragments"}
+        "quantisation": "scales, and one layer's weights as they were", "ranks and ZeRO": "buckets, and gathered layers",
+        "framework": "CUDA, cuBLAS, fragments"}
 
 
 def main(
@@ -76,8 +78,9 @@ def main(
         fit: Size of a card in GB: print the cheapest flags with which it is enough.
         training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
     """
+    flags = dict(locals())
     others = ("stage", "model_name_or_path", "data_path", "ranks", "fit", "training_arguments")
-    given = {name: value for name, value in locals().items() if name not in others and value is not None}
+    given = {name: value for name, value in flags.items() if name not in others and value is not None}
     if model_name_or_path is None:
         return print(fit_table())
     flags = complete(stage, given)
@@ -104,7 +107,8 @@ def main(
         print(f"| RAM | {parts['host'] / 1e9:.1f} | of all ranks together: what is offloaded |")
     print("\n| card | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n" + "|---" * (1 + len(CARDS)) + f"|\n| fits | {verdict(parts)} |")
     if fit:
-        print(f"\n{cheapest(stage, flags, shapes, fit, dict(model_name_or_path=model_name_or_path, data_path=data_path) | given | training_arguments)}")
+        given = {"model_name_or_path": model_name_or_path, "data_path": data_path} | given | training_arguments
+        print(f"\n{cheapest(stage, flags, shapes, fit, given)}")
 
 
 def verdict(parts: dict[str, float]) -> str:
@@ -123,7 +127,8 @@ def complete(stage: str, given: dict) -> dict:
                                f"Take --stage finetune_lora")
             raise BadInput(f"--{name} is not a flag of {stage}.py: leave it out, or take another --stage")
     known = inspect.signature(main).parameters
-    return {name: default for name, default in defaults.items() if name in known and name not in ("model_name_or_path", "data_path", "training_arguments")} | given
+    own = ("model_name_or_path", "data_path", "training_arguments")
+    return {name: default for name, default in defaults.items() if name in known and name not in own} | given
 
 
 def check_possible(stage: str, flags: dict, shapes: Shapes) -> None:
@@ -160,12 +165,13 @@ def cheapest(stage: str, flags: dict, shapes: Shapes, fit: float, given: dict) -
     batch, steps, length = (flags[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"))
     lora = "lora_r" in flags and flags.get("train", "lora") == "lora"
     files = ((1, "zero2"), (2, "zero3")) * (flags["ranks"] > 1) + ((4, "zero2_offload"), (6, "zero3_offload"))
+    folder = os.path.relpath(Path(__file__).with_name("ds_configs"))
     changes = [  # of each, what it costs and what is changed
         [(0.1 * n, {"per_device_train_batch_size": batch >> n, "gradient_accumulation_steps": steps << n}) for n in range(1, batch.bit_length())],
         [(1, {"gradient_checkpointing": True})] * (not flags["gradient_checkpointing"]),
         [(0.5, {"optim": "adamw_8bit"})] * (not flags["deepspeed"] and "8bit" not in flags["optim"]),
         [(cost, {"bits": bits}) for cost, bits in ((2, 4), (2.5, 8)) if lora and bits < flags["bits"]],
-        [(cost, {"deepspeed": f"ds_configs/{name}.json"}) for cost, name in files if not flags["deepspeed"]],
+        [(cost, {"deepspeed": f"{folder}/{name}.json"}) for cost, name in files if not flags["deepspeed"]],
         [(5.0 * n, {"max_length": length >> n}) for n in range(1, 5) if length >> n >= 256],
     ]
     found = []
@@ -181,8 +187,8 @@ def cheapest(stage: str, flags: dict, shapes: Shapes, fit: float, given: dict) -
         found.append((sum(cost for cost, _ in choice), total(estimate(shapes, as_run(new))), change))
     fitting = [entry for entry in found if entry[1] <= fit * 1e9]
     if not fitting:
-        raise RunStopped(f"no flags make this fit {fit:g} GB: the least is {min(size for _, size, _ in found) / 1e9:.1f} GB. Take more GPUs (--ranks), a smaller "
-                         f"model" + ("" if lora else ", or finetune_lora.py, which takes far less"))
+        raise RunStopped(f"no flags make this fit {fit:g} GB: the least is {min(size for _, size, _ in found) / 1e9:.1f} GB. Take more GPUs (--ranks), "
+                         f"a smaller model" + ("" if lora else ", or finetune_lora.py, which takes far less"))
     _, size, change = min(fitting, key=lambda entry: entry[:2])
     ram = estimate(shapes, as_run(flags | change))["host"]
     words = {"data_path": "sample/instruction.json"} | {name: value for name, value in given.items() if value is not None} | change

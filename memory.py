@@ -201,9 +201,9 @@ def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
 
     # ---- what comes and goes with the tokens ----
     stream = 4 if autocast and trained else computed  # of the hidden states between layers: an fp32 embedding makes them fp32
-    kept, working = layer_bytes(shapes, run, adapted, computed, stream)
+    kept, held, working = layer_bytes(shapes, run, adapted, computed, stream)
     layers, inputs = shapes.layers - run.freeze_layers, tokens * shapes.width * stream
-    activations = layers * (inputs if run.gradient_checkpointing else kept * tokens)
+    activations = layers * (inputs + held * tokens if run.gradient_checkpointing else kept * tokens)
     again = kept * tokens - inputs * (stream == 4) if run.gradient_checkpointing else 0  # of the layer that is recomputed; its norm keeps the input
     copies = computed * shapes.count() if full and autocast else 0  # what autocast has cast stays until the forward pass is over
     before = gradients if run.gradient_accumulation_steps > 1 or run.zero is not None else 0
@@ -242,15 +242,15 @@ def head_bytes(shapes: Shapes, run: Run, computed: int, stream: int, gradient: i
     return norm + states + gradient + copy + max(logits * (8 if computed == 4 else 10), logits * 8 + gradient + copy)
 
 
-def layer_bytes(shapes: Shapes, run: Run, adapted: list[Linear], computed: int, stream: int) -> tuple[float, float]:
-    """Bytes a token that autograd keeps of one layer, and that its backward pass needs besides.
+def layer_bytes(shapes: Shapes, run: Run, adapted: list[Linear], computed: int, stream: int) -> tuple[float, float, float]:
+    """Bytes a token that autograd keeps of one layer, those of them that gradient checkpointing does not drop, and what backward needs besides.
 
     Args:
         adapted: Linears with a LoRA update.
         computed: Bytes of a number inside of the layer.
         stream: Bytes of a number between layers.
     """
-    full, width, kept = run.train == "full", shapes.width, 0.0
+    full, width, kept, held = run.train == "full", shapes.width, 0.0, 0.0
     dropped = run.lora_dropout > 0 and bool(adapted)
     mask = 1 if run.gpu else computed  # of dropout
     for source in dict.fromkeys(linear.source for linear in shapes.linears):
@@ -261,12 +261,13 @@ def layer_bytes(shapes: Shapes, run: Run, adapted: list[Linear], computed: int, 
         inputs = len(readers) if full else updates
         if not (stream > computed and source.startswith("norm")) and not (dropped and updates):
             inputs = min(inputs, 1)  # one for all; else autocast or dropout makes one for each
-        kept += readers[0].d_in * (inputs * (computed + mask * (dropped and updates > 0)) + computed * (run.bits == 8)) + updates * computed * run.lora_r
+        held += readers[0].d_in * computed * (run.bits == 8)  # bitsandbytes hangs it on the graph, where no hook of checkpointing finds it
+        kept += readers[0].d_in * inputs * (computed + mask * (dropped and updates > 0)) + updates * computed * run.lora_r
     queries_keys_values = sum(linear.d_out for linear in shapes.linears if linear.source == "norm1")
     attended = next(linear.d_in for linear in shapes.linears if linear.source == "attention")
     kept += computed * (queries_keys_values + attended) + 4 * shapes.heads  # and the logarithms of the sums
     kept += computed * shapes.inner * (2 if shapes.kind == "bloom" else 3)  # the inner layer, its activation, and what gates it
-    return kept, stream * width + computed * shapes.inner * (1 if dropped else 2)
+    return kept + held, held, stream * width + computed * shapes.inner * (1 if dropped else 2)
 
 
 def optimizer_bytes(optim: str, trained: int, tables: int) -> float:
