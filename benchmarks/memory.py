@@ -145,7 +145,9 @@ def measure(shapes: dict, changes: dict) -> int:
             args = make_arguments(folder, flags["precision"], None, 0, 0, {"save_strategy": "no", "disable_tqdm": True} | ({"optim": flags["optim"]} if "optim" in flags else {}),
                                   per_device_train_batch_size=flags["batch"], gradient_accumulation_steps=flags["gradient_accumulation_steps"], num_train_epochs=1,
                                   gradient_checkpointing=flags["gradient_checkpointing"])
-            SupervisedTrainer(model, args, blocks, None, False, None, {}).train()
+            trainer = SupervisedTrainer(model, args, blocks, None, False, None, {})
+            trainer.train()
+            trainer.stopper.restore()  # as run_training does: forked processes would not end at a SIGTERM
     alive = most = 0
     for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
         alive += event.nbytes()
