@@ -16,7 +16,8 @@ GPU memory in GB for one block of 1,024 tokens, r = 8 on all linear layers, grad
 | 13B, 4 bit   | 12.7e9 x 0.52 + 0.7 = 7.3| 0.5    | 0.4 + 0.5   | 0.3    | 0.7  | 9.7  | 11 GB (2080Ti)      |
 
 adapter: 20 million weights x 16 bytes (weight, gradient, two moments, all fp32). activations: one hidden state per layer
-kept (32 x 1,024 x 4,096 x 2 bytes), and the inside of one layer while it is recomputed. Embedding and head stay 16 bit.
+kept (32 x 1,024 x 4,096 x 2 bytes), and the inside of one layer while it is recomputed; in 8 bit the inputs of all linear
+layers stay as well, since bitsandbytes keeps them where checkpointing cannot drop them. Embedding and head stay 16 bit.
 """
 import json
 import sys

@@ -99,24 +99,23 @@ def shapes_of(config: dict, where: str) -> Shapes:
     config = config | (config.get("text_config") or {})
     kind = str(config.get("model_type"))
 
-    def field(*names, default=None):
+    def field(*names, default=None) -> int:
         found = next((config[name] for name in names if config.get(name) is not None), default)
         if found is None:
             raise BadInput(f"{where} has no {names[0]} (it has {', '.join(sorted(config)[:12])}): the estimate needs it")
+        if not isinstance(found, int) or found < 1:
+            raise BadInput(f"{where}: {names[0]} is {found!r}, the estimate needs a number above zero")
         return found
 
     width, layers = field("hidden_size", "n_embed", "n_embd"), field("num_hidden_layers", "n_layer")
     heads, vocabulary = field("num_attention_heads", "n_head"), field("vocab_size")
-    for name, value in (("hidden_size", width), ("num_hidden_layers", layers), ("num_attention_heads", heads), ("vocab_size", vocabulary)):
-        if not isinstance(value, int) or value < 1:
-            raise BadInput(f"{where}: {name} is {value!r}, not a number above zero")
     if kind == "bloom":
         linears = (Linear("query_key_value", width, 3 * width, True, "norm1"), Linear("dense", width, width, True, "attention"),
                    Linear("dense_h_to_4h", width, 4 * width, True, "norm2"), Linear("dense_4h_to_h", 4 * width, width, True, "inner"))
         return Shapes(kind, vocabulary, width, 4 * width, layers, heads, linears, 4 * width, 4 * width, True, "")
-    size = field("head_dim", default=width // heads)
+    size = field("head_dim", default=max(1, width // heads))
     inner, key = field("intermediate_size"), field("num_key_value_heads", default=heads) * size
-    bias = bool(field("attention_bias", default=kind == "qwen2"))
+    bias = bool(config.get("attention_bias", kind == "qwen2"))
     linears = (Linear("q_proj", width, heads * size, bias, "norm1"), Linear("k_proj", width, key, bias, "norm1"), Linear("v_proj", width, key, bias, "norm1"),
                Linear("o_proj", heads * size, width, bias and kind != "qwen2", "attention"),
                *(Linear(name, width, inner, bool(config.get("mlp_bias")), "norm2") for name in ("gate_proj", "up_proj")),
@@ -309,7 +308,12 @@ def announce_memory(config: dict, flags: dict, args, lengths, precision: str, re
 
     gpu, batch = args.device.type == "cuda", flags["per_device_train_batch_size"]
     tokens = sum(heapq.nlargest(batch, map(int, lengths)))
-    shapes = shapes_of(config, flags["model_name_or_path"])
+    try:
+        shapes = shapes_of(config, flags["model_name_or_path"])
+    except BadInput as problem:  # it may well be trained all the same
+        if refuse:
+            raise
+        return print(f"memory: no estimate, {problem}", file=sys.stderr)
     parts = estimate(shapes, run_of(flags, tokens=tokens, precision=precision, optim=getattr(args.optim, "value", args.optim),
                                     zero=read_zero(args.deepspeed), ranks=args.world_size, gpu=gpu))
     if gpu:
