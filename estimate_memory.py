@@ -55,7 +55,8 @@ def main(
     fit: float = 0,
     **training_arguments,
 ):
-    """Estimate the memory of a training run. A flag that is not given is as in the stage's script.
+    """Estimate the memory of a training run; model_name_or_path may be a config.json or a size such as llama-2-7b as well, and flags
+    that are not given are as in the script of the stage.
 
     Args:
         stage: The training script, without .py.

@@ -1,8 +1,8 @@
 """The estimate of estimate_memory.py against the peak memory of real training steps.
 
-    python benchmarks/memory.py          # two CPU threads, about 3 minutes; on a GPU the same rows besides, in its own precision
+    python benchmarks/memory.py          # two CPU threads, about 10 minutes, the quantized rows the most of it; on a GPU the same rows
 
-Each row trains a random LLaMA for two steps of two optimizer states, in a process of its own, and asks the allocator what
+Each row trains a random LLaMA for two steps (the optimizer has its state at the second), in a process of its own, and asks the allocator what
 was alive at the most: on a CPU torch's profiler, which notes every allocation, on a GPU max_memory_allocated. What lies
 outside of torch's allocator (CUDA's context, Python) is neither measured nor estimated here.
 """

@@ -16,7 +16,7 @@ from memory import Run, estimate, read_shapes, shapes_of, total
 from utils import BadInput, RunStopped
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-SHORT = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
+SHORT = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)  # layers outweigh the head
 STAGES = ("finetune", "finetune_lora", "finetune_multi_rounds", "pretrain_clm")
 
 
@@ -28,9 +28,9 @@ def parts_of(capsys, **flags) -> dict[str, float]:
 
 @pytest.mark.parametrize("shapes, changes", [
     (SHORT, dict(tokens=512)), (SHORT, LORA | dict(tokens=512, lora_dropout=0.05)), (SHORT, LORA | ON | dict(batch=2, tokens=512)),
-    (SHORT | dict(tie_word_embeddings=True), ON | dict(tokens=256, gradient_accumulation_steps=2))], ids=["full", "LoRA", "LoRA checkpointing", "full tied"])
+    (SHORT | dict(tie_word_embeddings=True, vocab_size=2000), ON | dict(tokens=256, gradient_accumulation_steps=2))], ids=["full", "LoRA", "LoRA checkpointing", "full tied"])
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(shapes, changes):
-    assert abs(expect(shapes, changes) / measure(shapes, changes) - 1) < 0.1
+    assert 0.95 < expect(shapes, changes) / measure(shapes, changes) < 1.06  # narrower, to notice what grows
 
 
 @pytest.mark.parametrize("kind, config", [
