@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from memory import Run, estimate, shapes_of
+from memory import Run, estimate, shapes_of, total
 from utils import cli
 
 SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, vocab_size=2000)
@@ -92,10 +92,13 @@ def main(
 
 def expect(shapes: dict, changes: dict) -> float:
     """The estimate of a row, less what torch's allocator does not see."""
+    import torch
+
     flags = DEFAULTS | changes
     tokens = flags["tokens"] * flags["batch"]
-    run = Run(**{name: flags[name] for name in Run._fields if name in flags} | {"tokens": tokens, "supervised": int(SHARE * tokens), "gpu": False})
-    return sum(estimate(shapes_of({"model_type": "llama"} | shapes, "row"), run).values())
+    run = Run(**{name: flags[name] for name in Run._fields if name in flags} | {"tokens": tokens, "supervised": int(SHARE * tokens), "gpu": torch.cuda.is_available()})
+    parts = estimate(shapes_of({"model_type": "llama"} | shapes, "row"), run)
+    return total(parts) - parts["framework"]
 
 
 def measure(shapes: dict, changes: dict) -> int:
