@@ -16,7 +16,8 @@ GPU memory in GB for one block of 1,024 tokens, r = 8 on all linear layers, grad
 | 13B, 4 bit   | 12.7e9 x 0.52 + 0.7 = 7.3| 0.5    | 0.4 + 0.5   | 0.3    | 0.7  | 9.7  | 11 GB (2080Ti)      |
 
 adapter: 20 million weights x 16 bytes (weight, gradient, two moments, all fp32). activations: one hidden state per layer
-kept (32 x 1,024 x 4,096 x 2 bytes), and the inside of one layer while it is recomputed. Embedding and head stay 16 bit.
+kept (32 x 1,024 x 4,096 x 2 bytes), and the inside of one layer while it is recomputed; in 8 bit the inputs of all linear
+layers stay as well, since bitsandbytes keeps them where checkpointing cannot drop them. Embedding and head stay 16 bit.
 """
 import json
 import sys
@@ -25,6 +26,7 @@ from types import MethodType
 from typing import Literal
 
 from chat import Chat, hold_out, summarize, tokenize_records
+from memory import announce_memory
 from utils import check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, resume_point, run_facts, show, write_facts
 
 
@@ -62,6 +64,7 @@ def main(
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
     longest_first: bool = False,
+    check_memory: bool = False,
     early_stopping_patience: int = 0,
     seed: int = 42,
     resume: bool = False,
@@ -99,6 +102,7 @@ def main(
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
         longest_first: Begin with the longest blocks, so that a lack of memory shows at the first step.
+        check_memory: Refuse to start where the estimate exceeds the free memory of the GPU (or of a machine without one); else it is printed all the same.
         early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
         seed: Of everything random.
         resume: Go on from the last checkpoint in output_dir.
@@ -146,6 +150,7 @@ def main(
     eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)
+    announce_memory(skeleton.config.to_dict(), flags, args, blocks.lengths, precision, check_memory)
 
     # ---- train ----
     set_seed(seed)

@@ -27,6 +27,7 @@ from types import MethodType
 from typing import Literal
 
 from chat import Chat, hold_out, summarize, tokenize_documents
+from memory import announce_memory
 from records import document_files
 from utils import (BadInput, check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, resume_point, run_facts,
                    show, write_facts)
@@ -67,6 +68,7 @@ def main(
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
     longest_first: bool = False,
+    check_memory: bool = False,
     early_stopping_patience: int = 0,
     seed: int = 42,
     resume: bool = False,
@@ -105,6 +107,7 @@ def main(
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
         longest_first: Begin with the longest blocks, so that a lack of memory shows at the first step.
+        check_memory: Refuse to start where the estimate exceeds the free memory of the GPU (or of a machine without one); else it is printed all the same.
         early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
         seed: Of everything random.
         resume: Go on from the last checkpoint in output_dir.
@@ -165,6 +168,7 @@ def main(
     eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
     if args.process_index == 0:
         print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)
+    announce_memory(skeleton.config.to_dict(), flags, args, blocks.lengths, precision, check_memory)
 
     # ---- train ----
     set_seed(seed)

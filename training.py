@@ -140,13 +140,14 @@ class HeadLoss(torch.autograd.Function):
             total -= gradient.gather(1, target).sum()
             gradient.exp_().scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
             ctx.gradients[0][begin:end], *of_parameters = torch.autograd.grad(logits, (chunk, *parameters), gradient.to(logits.dtype))
-            for whole, part in zip(ctx.gradients[1:], of_parameters):
-                whole += part
+            for whole in ctx.gradients[1:]:
+                whole += of_parameters.pop(0)
+            del logits, gradient  # else they would still be there while the next chunk's are made
         return total
 
     @staticmethod
     def backward(ctx, gradient):
-        scaled = [whole.mul_(gradient) for whole in ctx.gradients]
+        scaled, ctx.gradients = [whole.mul_(gradient) for whole in ctx.gradients], None  # kept here, they would be copied into .grad
         return scaled[0], None, None, *scaled[1:]
 
 
@@ -174,10 +175,9 @@ def supervised_forward(self, input_ids, labels, num_items_in_batch=None, positio
     hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
     supervised = labels[:, 1:] != IGNORE_INDEX
     hidden, targets, head = hidden[:, :-1][supervised], labels[:, 1:][supervised], self.get_output_embeddings()  # (N, D), (N,)
-    correct = None
     parameters = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and not any(hasattr(p, "ds_id") for p in head.parameters()):
-        loss = HeadLoss.apply(hidden, targets, head, *parameters)
+        loss, correct = HeadLoss.apply(hidden, targets, head, *parameters), None
     else:
         # Evaluation; and ZeRO-3, which gathers a sharded head by hooks of autograd's own graph
         loss, correct = hidden.sum(dtype=torch.float32) * 0.0, 0  # in fp16 the sum may be infinite, and 0 times that is no number

@@ -109,8 +109,9 @@ def convert_flags(main, texts: dict[str, str]) -> dict:
 
 def convert_flag(name: str, text: str, kind):
     """`text` as the type that `kind`, an annotation or its source, asks for; BadInput if it cannot be."""
-    if typing.get_origin(kind) is typing.Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
+    literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
+    if literals:
+        choices = {str(choice): choice for choice in typing.get_args(literals[0])}
         if text not in choices:
             raise BadInput(f"--{name}={text} is not one of {', '.join(choices)}")
         return choices[text]
@@ -238,7 +239,7 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
 def run_facts(flags: dict, **found) -> dict:
     """What a run must have in common with the one it goes on from: the flags, less those that may change, and what was found."""
     may_change = {"output_dir", "resume", "num_train_epochs", "early_stopping_patience", "training_arguments", "trust_remote_code", "allow_pickle",
-                  "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
+                  "check_memory", "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
     blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
     return {name: value for name, value in flags.items() if name not in may_change} | {"blocks_per_rank_and_step": blocks} | found
 

@@ -1,0 +1,162 @@
+"""The estimate of estimate_memory.py against the peak memory of real training steps.
+
+    python benchmarks/memory.py          # two CPU threads, about 10 minutes, the quantized rows the most of it; on a GPU the same rows
+
+Each row trains a random LLaMA for two steps (the optimizer has its state at the second), in a process of its own, and asks the allocator what
+was alive at the most: on a CPU torch's profiler, which notes every allocation, on a GPU max_memory_allocated. What lies
+outside of torch's allocator (CUDA's context, Python) is neither measured nor estimated here.
+"""
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from memory import Run, estimate, shapes_of, total
+from utils import cli
+
+SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, vocab_size=2000)
+WIDE = SMALL | dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6)
+GROUPED = WIDE | dict(num_key_value_heads=2, vocab_size=16000)
+TIED = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, vocab_size=49152, tie_word_embeddings=True)
+ON = dict(gradient_checkpointing=True)
+LORA = dict(train="lora")
+ROWS = {  # name: shapes, and what is not as in DEFAULTS
+    "full, 1,024 tokens": (SMALL, {}),
+    "full, 256 tokens": (SMALL, dict(tokens=256)),
+    "full, 4,096 tokens": (SMALL, dict(tokens=4096)),
+    "full, 1 document": (SMALL, dict(documents=1)),
+    "full, accumulation": (SMALL, dict(gradient_accumulation_steps=2)),
+    "full, batch 4": (SMALL, dict(batch=4, tokens=512)),
+    "full, checkpointing": (SMALL, ON),
+    "full, checkpointing, 4,096": (SMALL, dict(tokens=4096) | ON),
+    "full, wide": (WIDE, {}),
+    "full, wide, checkpointing, 256": (WIDE, dict(tokens=256) | ON),
+    "full, grouped heads": (GROUPED, dict(tokens=512)),
+    "full, tied": (TIED, dict(tokens=2048)),
+    "full, tied, checkpointing": (TIED, dict(tokens=2048) | ON),
+    "full, tied, checkpointing, accumulation": (TIED, dict(tokens=512, gradient_accumulation_steps=2) | ON),
+    "full, 2 of 4 layers frozen": (SMALL, dict(freeze_layers=2)),
+    "full, bf16": (SMALL, dict(precision="bf16")),
+    "full, bf16, checkpointing": (WIDE, dict(precision="bf16", tokens=2048) | ON),
+    "full, Adafactor": (WIDE, dict(optim="adafactor", tokens=256) | ON),
+    "LoRA, 1,024 tokens": (SMALL, LORA),
+    "LoRA, dropout": (SMALL, LORA | dict(lora_dropout=0.05)),
+    "LoRA, dropout, 4,096": (SMALL, LORA | dict(lora_dropout=0.05, tokens=4096)),
+    "LoRA, q_proj,v_proj": (SMALL, LORA | dict(lora_target_modules="q_proj,v_proj")),
+    "LoRA, r = 64": (SMALL, LORA | dict(lora_r=64)),
+    "LoRA, batch 4": (SMALL, LORA | dict(batch=4, tokens=512)),
+    "LoRA, checkpointing": (SMALL, LORA | ON),
+    "LoRA, checkpointing, dropout, 4,096": (SMALL, LORA | dict(tokens=4096, lora_dropout=0.05) | ON),
+    "LoRA, wide, checkpointing": (WIDE, LORA | dict(tokens=2048) | ON),
+    "LoRA, grouped heads, dropout": (GROUPED, LORA | dict(tokens=512, lora_dropout=0.05)),
+    "LoRA, tied": (TIED, LORA | dict(tokens=2048)),
+    "LoRA, tied, checkpointing": (TIED, LORA | dict(tokens=2048) | ON),
+    "LoRA, bf16": (SMALL, LORA | dict(precision="bf16")),
+    "LoRA, bf16, checkpointing, dropout": (WIDE, LORA | dict(precision="bf16", tokens=2048, lora_dropout=0.05) | ON),
+    "LoRA, 4 bit": (WIDE, LORA | dict(bits=4, lora_dropout=0.05)),
+    "LoRA, 4 bit, checkpointing": (WIDE, LORA | dict(bits=4, tokens=2048, lora_dropout=0.05) | ON),
+    "LoRA, 8 bit, checkpointing": (WIDE, LORA | dict(bits=8, tokens=2048, lora_dropout=0.05) | ON),
+    "LoRA and tables": (GROUPED, LORA | dict(tables=True, tokens=512)),
+    "embeddings": (GROUPED, dict(train="embeddings", tokens=512)),
+}
+DEFAULTS = dict(train="full", tokens=1024, batch=1, documents=4, gradient_accumulation_steps=1, precision="fp32", gradient_checkpointing=False, lora_dropout=0.0)
+SHARE = 0.7  # of the tokens that are supervised
+
+
+def main(
+    *,
+    threads: int = 2,
+    row: str = "",
+):
+    """Print a table of peak memory, estimated and measured.
+
+    Args:
+        threads: Of the CPU.
+        row: Which row of the table this process runs; else all, each in a process.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if row:
+        return print(measure(*ROWS[row]))
+    print("| what is trained | estimated | measured | estimated / measured |\n|---|---|---|---|")
+    worst = 0.0
+    for name, (shapes, changes) in ROWS.items():
+        command = [sys.executable, __file__, "--row", name, "--threads", str(threads)]
+        measured = int(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True).stdout.splitlines()[-1])
+        expected = expect(shapes, changes)
+        worst = max(worst, abs(expected / measured - 1))
+        print(f"| {name} | {expected / 1e6:.1f} MB | {measured / 1e6:.1f} MB | {expected / measured:.2f} |", flush=True)
+    print(f"{len(ROWS)} rows, the estimate is off by {worst:.0%} at most", file=sys.stderr)
+
+
+def expect(shapes: dict, changes: dict) -> float:
+    """The estimate of a row, less what torch's allocator does not see."""
+    import torch
+
+    flags = DEFAULTS | changes
+    tokens = flags["tokens"] * flags["batch"]
+    run = Run(**{name: flags[name] for name in Run._fields if name in flags} | {"tokens": tokens, "supervised": int(SHARE * tokens), "gpu": torch.cuda.is_available()})
+    parts = estimate(shapes_of({"model_type": "llama"} | shapes, "row"), run)
+    return total(parts) - parts["framework"]
+
+
+def measure(shapes: dict, changes: dict) -> int:
+    """Bytes of tensors that are alive at the most in two training steps."""
+    import gc
+    from types import MethodType
+
+    import numpy
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from chat import Examples
+    from models import DTYPES, freeze, freeze_all_but_embeddings, load_model, table_names
+    from training import Blocks, SupervisedTrainer, make_arguments, speed_up_lora, supervised_forward
+
+    flags = DEFAULTS | changes
+    generator, torch_dtype = numpy.random.default_rng(0), DTYPES[flags["precision"]]
+    count, length = 2 * flags["batch"] * flags["gradient_accumulation_steps"] * flags["documents"], flags["tokens"] // flags["documents"]
+    ids, supervised = generator.integers(0, shapes["vocab_size"], count * length), generator.random(count * length) < SHARE
+    examples = Examples(ids, supervised, numpy.arange(0, len(ids) + 1, length), numpy.arange(count), {})
+    blocks = Blocks(examples, list(range(count)), flags["tokens"], packing=True, shuffle=False)
+    config = LlamaConfig(**shapes, max_position_embeddings=8192)
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.get("bits"):
+            LlamaForCausalLM(config).save_pretrained(f"{folder}/base")
+        gc.collect()  # what is freed while the profiler looks on, and was made before, would count as less than nothing
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            if flags.get("bits"):
+                model = load_model(f"{folder}/base", torch_dtype, flags["bits"], attn_implementation="documents")
+                for tensor in (*model.parameters(), *model.buffers()):  # on a CPU they are parts of the whole file in memory
+                    tensor.data = tensor.data.clone()
+            else:
+                model = LlamaForCausalLM._from_config(config, attn_implementation="documents", dtype=torch.float32 if flags["train"] == "full" else torch_dtype)
+            if flags.get("freeze_layers"):
+                freeze(model, flags["freeze_layers"], [])
+            model.forward = MethodType(supervised_forward, model)
+            if flags["train"] == "embeddings":
+                freeze_all_but_embeddings(model)
+            if flags["train"] == "lora":
+                targets, tables = flags.get("lora_target_modules", "all-linear"), table_names(model) if flags.get("tables") else None
+                model = get_peft_model(model, LoraConfig(
+                    task_type="CAUSAL_LM", r=flags.get("lora_r", 8), lora_dropout=flags["lora_dropout"], modules_to_save=tables,
+                    target_modules=targets if targets == "all-linear" else targets.split(","), ensure_weight_tying=bool(tables)))
+                speed_up_lora(model)
+            args = make_arguments(folder, flags["precision"], None, 0, 0, {"save_strategy": "no", "disable_tqdm": True} | ({"optim": flags["optim"]} if "optim" in flags else {}),
+                                  per_device_train_batch_size=flags["batch"], gradient_accumulation_steps=flags["gradient_accumulation_steps"], num_train_epochs=1,
+                                  gradient_checkpointing=flags["gradient_checkpointing"])
+            trainer = SupervisedTrainer(model, args, blocks, None, False, None, {})
+            trainer.train()
+            trainer.stopper.restore()  # as run_training does: forked processes would not end at a SIGTERM
+    alive = most = 0
+    for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else most
+
+
+if __name__ == "__main__":
+    cli(main)

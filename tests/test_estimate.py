@@ -1,0 +1,204 @@
+"""The estimate is right about what it can count, near what is measured, and its advice is true."""
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+
+import estimate_memory
+import memory
+from benchmarks.memory import LORA, ON, ROWS, expect, measure
+from memory import Run, estimate, read_shapes, shapes_of, total
+from utils import BadInput, RunStopped
+
+TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHORT = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)  # layers outweigh the head
+STAGES = ("finetune", "finetune_lora", "finetune_multi_rounds", "pretrain_clm")
+
+
+def parts_of(capsys, **flags) -> dict[str, float]:
+    """{part: GB} of the table that the script prints."""
+    estimate_memory.main(**flags)
+    return {name: float(size) for name, size in re.findall(r"^\| ([\w ]+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)}
+
+
+@pytest.mark.parametrize("shapes, changes", [
+    (SHORT, dict(tokens=512)), (SHORT, LORA | dict(tokens=512, lora_dropout=0.05)), (SHORT, LORA | ON | dict(batch=2, tokens=512)),
+    (SHORT | dict(tie_word_embeddings=True, vocab_size=2000), ON | dict(tokens=256, gradient_accumulation_steps=2))], ids=["full", "LoRA", "LoRA checkpointing", "full tied"])
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(shapes, changes):
+    assert 0.95 < expect(shapes, changes) / measure(shapes, changes) < 1.06  # narrower, to notice what grows
+
+
+@pytest.mark.parametrize("kind, config", [
+    ("llama", {}), ("llama", {"tie_word_embeddings": True}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("mistral", {}), ("qwen2", {}),
+    ("qwen3", {"head_dim": 8}), ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4})], ids=str)
+def test_every_weight_is_counted(tmp_path, kind, config):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **(TINY if kind != "bloom" else {"vocab_size": 97}) | config)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = read_shapes(str(tmp_path))
+    assert shapes.weights == sum(p.numel() for p in model.parameters()) and not shapes.assumed
+    assert read_shapes(str(tmp_path / "config.json")) == shapes
+    parts = estimate(shapes, Run(train="full", tokens=1, precision="fp32", gpu=False))
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == tuple(shapes.weights * size for size in (4, 4, 8))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
+@pytest.mark.parametrize("tables", [True, False])
+def test_every_trained_weight_of_an_adapter_is_counted(targets, tables):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**TINY)), LoraConfig(
+        r=4, target_modules=targets if targets == "all-linear" else targets.split(","), modules_to_save=["embed_tokens", "lm_head"] if tables else None))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = estimate(shapes_of({"model_type": "llama"} | TINY, ""), Run(train="lora", tables=tables, tokens=1, lora_r=4, lora_target_modules=targets))
+    assert (parts["gradients"], parts["optimizer"]) == (4 * trained, 8 * trained)
+
+
+def test_a_4_bit_base_takes_what_bitsandbytes_makes_of_it(tmp_path, bytelevel_folder):
+    from transformers import AutoTokenizer
+
+    from models import load_model
+
+    folder = make_model(tmp_path, AutoTokenizer.from_pretrained(bytelevel_folder), hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    model = load_model(str(folder), torch.float32, bits=4)
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    shapes = read_shapes(str(folder))
+    parts = estimate(shapes, Run(train="lora", tokens=1, bits=4, precision="fp32"))
+    assert len(states) == 14 and parts["weights"] == sum(p.nbytes for p in model.parameters())
+    assert abs(parts["quantisation"] - max(linear.d_in * linear.d_out for linear in shapes.linears) * 4 - scales) < 0.02 * scales
+
+
+def test_what_the_arithmetic_shares_with_the_training_step_is_the_same():
+    import training
+
+    assert memory.LOGITS_AT_ONCE == training.LOGITS_AT_ONCE
+
+
+def test_zero_spreads_what_it_says_and_offload_leaves_the_card(capsys):
+    flags = dict(stage="finetune", model_name_or_path="llama-2-7b", ranks=4)
+    weights = read_shapes("llama-2-7b").weights / 1e9
+    zero3 = parts_of(capsys, **flags, deepspeed=str(ROOT / "ds_configs" / "zero3.json"))
+    assert zero3["weights"] + zero3["gradients"] + zero3["optimizer"] == pytest.approx(16 * weights / 4, abs=0.02)
+    offload = parts_of(capsys, **flags | {"ranks": 1}, deepspeed=str(ROOT / "ds_configs" / "zero3_offload.json"))
+    assert "weights" not in offload and offload["RAM"] == pytest.approx(18 * weights, abs=0.1) and offload["sum"] < 6
+
+
+def test_published_figures_are_met(capsys):
+    """LoRA on 7B in int8 takes 8 to 10 GB; all of 7B 16 bytes a weight; litgpt's 13.8 GB for QLoRA is more than ours: benchmarks/memory.md says why."""
+    assert 8 < parts_of(capsys, model_name_or_path="llama-2-7b", bits=8, max_length=512)["sum"] < 10
+    full = parts_of(capsys, model_name_or_path="llama-2-7b", stage="finetune", gradient_accumulation_steps=1)
+    assert sum(full[part] for part in ("weights", "optimizer")) == pytest.approx(12 * 6.738, abs=0.1) and 100 < full["sum"] < 115
+    qlora = parts_of(capsys, model_name_or_path="llama-2-7b", bits=4, lora_target_modules="q_proj,v_proj", max_length=1304, gradient_checkpointing=False)
+    assert 10 < qlora["sum"] < 13.8
+
+
+@pytest.mark.parametrize("card, flags", [
+    (11, dict(model_name_or_path="llama-2-13b")), (11, dict(model_name_or_path="llama-2-7b", per_device_train_batch_size=16, gradient_checkpointing=False)),
+    (40, dict(stage="finetune", model_name_or_path="qwen2.5-7b", ranks=4)), (16, dict(stage="pretrain_clm", train="lora", model_name_or_path="chinese-llama-2-7b")),
+    (24, dict(model_name_or_path="llama-2-7b"))], ids=str)
+def test_the_advice_fits(capsys, monkeypatch, card, flags):
+    monkeypatch.chdir(ROOT)
+    estimate_memory.main(**flags, fit=card)
+    launcher, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    script = next(word for word in words if word.endswith(".py"))
+    given = dict(zip((word.removeprefix("--") for word in words[words.index(script) + 1 :: 2]), words[words.index(script) + 2 :: 2]))
+    from test_consistency import flags_of
+
+    from utils import convert_flags, training_argument_kinds
+
+    assert given.keys() <= flags_of(script).keys() | training_argument_kinds().keys() and "data_path" in given
+    again = convert_flags(estimate_memory.main, given) | {"stage": script.removesuffix(".py"), "ranks": flags.get("ranks", 1)}
+    assert parts_of(capsys, **again)["sum"] <= card
+
+
+def test_no_advice_where_nothing_helps():
+    with pytest.raises(RunStopped, match="no flags make this fit 2 GB: the least is"):
+        estimate_memory.main(model_name_or_path="llama-2-70b", fit=2)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(model_name_or_path="llama-2-13"), "did you mean llama-2-13b"),
+    (dict(model_name_or_path="meta-llama/Llama-5-1T"), "nothing is downloaded"),
+    (dict(stage="finetune", model_name_or_path="llama-2-7b", bits=4), "quantized ones cannot be trained"),
+    (dict(stage="pretrain_clm", train="full", model_name_or_path="llama-2-7b", bits=8), "needs --train lora"),
+    (dict(stage="finetune", model_name_or_path="llama-2-7b", deepspeed="zero3.json"), "ZeRO-3 on one GPU without offload"),
+    (dict(model_name_or_path="llama-2-7b", bits=4, ranks=2, deepspeed="zero3.json"), "cannot be spread by ZeRO-3"),
+    (dict(stage="finetune", model_name_or_path="llama-2-7b", lora_r=4), "not a flag of finetune.py"),
+    (dict(stage="finetune", model_name_or_path="llama-2-7b", freeze_layers=32), "leave one at least"),
+    (dict(model_name_or_path="llama-2-7b", lora_target_modules="query"), "no linear layer 'query'"),
+    (dict(model_name_or_path="llama-2-7b", max_length=0), "must be above zero")], ids=str)
+def test_bad_input_is_one_line(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT / "ds_configs")
+    with pytest.raises(BadInput, match=message) as problem:
+        estimate_memory.main(**flags)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_config_without_a_field_is_refused_and_an_unknown_architecture_is_not(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama"} | {name: value for name, value in TINY.items() if name != "intermediate_size"}))
+    with pytest.raises(BadInput, match="has no intermediate_size"):
+        estimate_memory.main(model_name_or_path=str(file))
+    file.write_text(json.dumps({"model_type": "novel"} | TINY))
+    estimate_memory.main(model_name_or_path=str(file))
+    assert "novel is not known here: layers as LLaMA's are assumed" in capsys.readouterr().out
+    file.write_text(json.dumps({"model_type": "llama"} | TINY | {"num_hidden_layers": "two"}))
+    with pytest.raises(BadInput, match="num_hidden_layers is 'two'"):
+        estimate_memory.main(model_name_or_path=str(file))
+    file.write_text("{")
+    with pytest.raises(BadInput, match="no config.json"):
+        estimate_memory.main(model_name_or_path=str(file))
+
+
+def test_it_takes_no_torch_and_the_readmes_have_its_table():
+    code = "import sys, estimate_memory; estimate_memory.main(); assert not {'torch', 'transformers'} & sys.modules.keys()"
+    table = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(table) == 12
+    for name in ("README.md", "README_EN.md"):
+        assert all(row in (ROOT / name).read_text("utf-8") for row in table), f"{name}: put in what python estimate_memory.py prints"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_script_says_what_it_will_take_and_refuses_on_request(stage, model_folder, tmp_path, monkeypatch, capsys):
+    import importlib
+
+    import models
+
+    class Loaded(Exception):
+        pass
+
+    def load_model(*_, **__):
+        raise Loaded
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    data = "corpus.txt" if stage == "pretrain_clm" else "conversation.json"
+    run = lambda **flags: importlib.import_module(stage).main(
+        model_name_or_path=str(model_folder), data_path=str(ROOT / "sample" / data), output_dir=str(tmp_path), max_length=64, **flags)
+    with pytest.raises(Loaded):
+        run(check_memory=True)
+    assert "memory (estimate): 0.0" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "estimate", lambda shapes, run: {"weights": 1e15, "host": 0})
+    with pytest.raises(BadInput, match="1000000.00 GB for 64 tokens at once.*estimate_memory.py --fit"):
+        run(check_memory=True)
+    with pytest.raises(Loaded):
+        run()
+    assert "hardly fit" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "shapes_of", lambda config, where: shapes_of({}, where))
+    with pytest.raises(Loaded):  # an architecture without an estimate is trained all the same
+        run()
+    assert "no estimate" in capsys.readouterr().err
+
+
+def test_the_table_of_the_benchmark_names_what_the_estimate_knows():
+    assert all(set(changes) <= {*Run._fields, "batch", "documents"} for _, changes in ROWS.values())
+    assert total({"weights": 1.0, "host": 5.0}) == 1.0
