@@ -162,11 +162,7 @@ def whole_folder(folder: Path):
 
 
 def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: bool = False) -> None:
-    """BadInput if a folder cannot be loaded as a model; a name that is no folder is left to the hub.
-
-    Args:
-        quantized: Whether a model of quantize_gptq.py's can be used as well.
-    """
+    """BadInput if a folder cannot be loaded as a model, of quantize_gptq.py's too if `quantized`; a name that is no folder is left to the hub."""
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name_or_path) or folder.parent.is_dir():
