@@ -39,6 +39,7 @@ def main(
     threads: int = 2,
     side: Literal["both", "ours", "theirs"] = "both",
     row: str = "",
+    only: str = "",
 ):
     """Print a table of supervised tokens a second and peak memory, ours and theirs.
 
@@ -49,12 +50,13 @@ def main(
         threads: Of the CPU.
         side: Which side this process runs; both starts a process for each run.
         row: Which row of the table this process runs.
+        only: Part of the names of the rows to run; else all.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if side != "both":
         return print(json.dumps((ours if side == "ours" else theirs)(*prepare(Path(data_dir), row))))
     print(f"| records, max_length | side | supervised tokens/s | spread | peak memory | real tokens | ours / {peer} |\n|---|---|---|---|---|---|---|")
-    for name in ROWS:
+    for name in [name for name in ROWS if only in name]:
         results = {"ours": [], "theirs": []}
         for _ in range(repeats):
             for who in results:
