@@ -192,7 +192,8 @@ def cheapest(stage: str, flags: dict, shapes: Shapes, fit: float, given: dict) -
                          f"a smaller model" + ("" if lora else ", or finetune_lora.py, which takes far less"))
     _, size, change = min(fitting, key=lambda entry: entry[:2])
     ram = estimate(shapes, as_run(flags | change))["host"]
-    words = {"data_path": "sample/instruction.json"} | {name: value for name, value in given.items() if value is not None} | change
+    sample = "sample/corpus.txt" if stage == "pretrain_clm" else "sample/instruction.json"
+    words = {"data_path": sample} | {name: value for name, value in given.items() if value is not None} | change
     launcher = f"torchrun --nproc_per_node {flags['ranks']}" if flags["ranks"] > 1 or "deepspeed" in words else "python"
     return (f"to fit {fit:g} GB: {', '.join(f'--{name} {value}' for name, value in change.items()) or 'nothing need change'}; {size / 1e9:.1f} GB on each card"
             + f", {ram / 1e9:.0f} GB of RAM" * (ram > 0)

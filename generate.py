@@ -10,6 +10,7 @@ Writes  answers to the terminal, to output_file or to a web page
 
 The prompt is the one the model was trained with: template and stop tokens come with the model or adapter.
 """
+import bisect
 import json
 import os
 import queue
@@ -21,7 +22,8 @@ from typing import Literal
 
 from chat import Chat
 from records import prompt_messages, read_rows
-from utils import BadInput, check_adapter, check_file, check_model, cli
+from terminal import chat_in_terminal
+from utils import BadInput, check_adapter, check_file, check_model, check_positive, cli
 from web import check_page, name_choices, serve_page
 
 
@@ -91,22 +93,31 @@ def main(
     adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
     for folder in adapters:
         check_adapter(folder)
+    check_positive(per_device_eval_batch_size=per_device_eval_batch_size, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise BadInput(f"--temperature={temperature} --top_k={top_k} --top_p={top_p}: the first two are at least 0, top_p is above 0 and at most 1")
+    if load_in_8bit and bits == 4:
+        raise BadInput("--load_in_8bit True and --bits 4: give one of them")
+    if web and (prompt or input_file):
+        raise BadInput("--web True answers on the page: leave out --prompt and --input_file")
     if web:
         check_page(server_name, server_port, auth, share)
     elif len(adapters) > 1:
         raise BadInput(f"--lora_path={lora_path}: several adapters are for the page, add --web True; here give one")
-    rows, lines = unanswered(input_file, output_file) if input_file else ([], [])
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    facts = settings | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system, seed=seed,
+                            per_device_eval_batch_size=per_device_eval_batch_size)
+    rows, lines = unanswered(input_file, output_file, facts) if input_file else ([], [])
     if input_file and len(lines) == len(rows):
         return print(f"all {len(rows)} records are answered in {output_file} already", file=sys.stderr)
-    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
 
     # ---- load ----
     import torch
 
     from models import load_choices
 
-    folders, bits = name_choices(adapters) if web else {"": lora_path}, 8 if load_in_8bit else bits
-    model, choices = load_choices(model_name_or_path, folders, template, bits, precision, trust_remote_code, allow_pickle)
+    folders = name_choices(adapters) if web else {"": adapters[0] if adapters else None}
+    model, choices = load_choices(model_name_or_path, folders, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
     chat = next(chat for chat, _ in choices.values())
     torch.manual_seed(seed)
 
@@ -200,14 +211,14 @@ def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[di
     starts = [i for i, message in enumerate(rounds) if message["role"] == "user"]
     if not starts:
         raise BadInput("the conversation asks nothing: it has no user's turn")
-    for dropped, start in enumerate(starts):
-        kept = system + rounds[start:]
-        length = sum(len(ids) for ids, _ in chat.encode(kept, add_generation_prompt=True))
-        if length + max_new_tokens <= context:
-            if dropped:
-                print(f"[the context of {context} tokens is full: the first {dropped} rounds are no longer read]", file=sys.stderr)
-            return kept
-    raise BadInput(f"the prompt has {length} tokens; with --max_new_tokens {max_new_tokens} that is more than the model's context of {context}")
+    length = lambda start: sum(len(ids) for ids, _ in chat.encode(system + rounds[start:], add_generation_prompt=True))
+    fits = lambda start: length(start) + max_new_tokens <= context
+    dropped = 0 if fits(starts[0]) else bisect.bisect_left(starts, True, key=fits)  # the fewer rounds, the shorter
+    if dropped == len(starts):
+        raise BadInput(f"the prompt has {length(starts[-1])} tokens; with --max_new_tokens {max_new_tokens} that is more than the model's context of {context}")
+    if dropped:
+        print(f"[the context of {context} tokens is full: the first {dropped} rounds are no longer read]", file=sys.stderr)
+    return system + rounds[starts[dropped]:]
 
 
 def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings) -> list[str]:
@@ -224,19 +235,31 @@ def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings)
     return [text.rstrip().rstrip("\ufffd") for text in texts]  # max_new_tokens may end in the middle of a character
 
 
-def unanswered(input_file: str, output_file: str) -> tuple[list[dict], list[bytes]]:
-    """(rows of input_file, whole lines of output_file); BadInput if those lines do not answer these rows."""
+def unanswered(input_file: str, output_file: str, facts: dict) -> tuple[list[dict], list[bytes]]:
+    """(rows of input_file, whole lines of output_file); BadInput if those lines do not answer these rows, or were begun with other facts.
+
+    The facts are noted in output_file.run.json, for a run that goes on.
+    """
     rows = list(read_rows(input_file, Counter()))
     lines = Path(output_file).read_bytes().split(b"\n")[:-1] if Path(output_file).is_file() else []  # what has no line end was cut off
     for number, line in enumerate(lines):
-        answered = json.loads(line)
-        if number >= len(rows) or {key: value for key, value in answered.items() if key != "answer"} != rows[number]:
+        try:
+            answered = json.loads(line)
+        except ValueError:
+            answered = None
+        if number >= len(rows) or not isinstance(answered, dict) or answered | {"answer": ""} != rows[number] | {"answer": ""}:
             raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
     for number, row in enumerate(rows):
         try:
             prompt_messages(row)
         except BadInput as problem:
             raise BadInput(f"{input_file}, record {number}: {problem}") from None
+    about = Path(f"{output_file}.run.json")
+    before = json.loads(about.read_text("utf-8")) if lines and about.is_file() else facts
+    if changed := [name for name in facts if before.get(name) != facts[name]]:
+        name = changed[0]
+        raise BadInput(f"{output_file} was begun with {name} = {before.get(name)}, now it is {facts[name]}: give the same, or another --output_file")
+    about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return rows, lines
 
 
@@ -264,50 +287,6 @@ def answer_file(model, chat: Chat, rows: list[dict], lines: list[bytes], output_
             for row, answer in zip(batch, answer_batch(model, chat, conversations, **settings)):
                 file.write((json.dumps(row | {"answer": answer}, ensure_ascii=False) + "\n").encode())
             file.flush()
-
-
-def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> None:
-    """A conversation with history, until the end of the input (Ctrl-D)."""
-    import readline  # noqa: F401  (lets input() edit Chinese characters)
-
-    print("/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the\n"
-          "conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
-    messages = list(start)
-    while True:
-        try:
-            text = input("\nUser: ").strip()
-        except EOFError:
-            return print()
-        command, _, argument = text.partition(" ")
-        if command == "/clear":
-            messages = messages[: bool(messages) and messages[0]["role"] == "system"]
-        elif command == "/undo":
-            last = max([i for i, message in enumerate(messages) if message["role"] == "user"], default=len(messages))
-            del messages[last:]
-        elif command == "/system":
-            messages = ([{"role": "system", "content": argument}] if argument else []) + [m for m in messages if m["role"] != "system"]
-        elif command == "/save" and argument:
-            with open(argument, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-            print(f"[saved to {argument}]", file=sys.stderr)
-        elif command.startswith("/") and command in ("/save", "/help", "/exit", "/quit"):
-            print("[/clear, /undo, /system TEXT, /save FILE, Ctrl-D]", file=sys.stderr)
-        elif text:
-            try:
-                asked = fit(model, chat, messages + [{"role": "user", "content": text}], settings["max_new_tokens"])
-            except BadInput as problem:
-                print(f"[{problem}]", file=sys.stderr)
-                continue
-            print("Assistant: ", end="", flush=True)
-            answer = ""
-            try:
-                for piece in stream(model, chat, asked, **settings):
-                    answer += piece
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                print(" [stopped]", end="")
-            print()
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ which holds them as they are.
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -33,41 +34,45 @@ def hessian(rows):
     total = rows.new_empty(width, width)
     for begin in range(0, width, tile):  # what is below the diagonal is the same
         total[begin : begin + tile, begin:] = rows[:, begin : begin + tile].T @ rows[:, begin:]
-        total[begin:, begin : begin + tile] = total[begin : begin + tile, begin:].T
+        total[begin + tile :, begin : begin + tile] = total[begin : begin + tile, begin + tile :].T
     return total.div_(len(rows))
 
 
-def inverse_factor(hessian, facts: dict):
+def inverse_factor(hessian, settings: dict):
     """(U, order): the inputs in the order in which they are quantized, and the upper U (in, in) with H^-1 = U^T U in that order.
 
     Inputs that are used much come first, when most others are left to make up for their errors. Without desc_act the
     groups stay as they are: they are sorted as wholes, and the inputs inside of each.
     """
-    size, diagonal = facts["group_size"], hessian.diagonal()
+    size, diagonal = settings["group_size"], hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
-    if size > 0 and not facts["desc_act"]:
+    if size > 0 and not settings["desc_act"]:
         groups = diagonal.view(-1, size).mean(dim=1).argsort(descending=True, stable=True)
         inside = diagonal.view(-1, size).argsort(dim=1, descending=True, stable=True)
         order = (inside + torch.arange(len(inside), device=inside.device)[:, None] * size)[groups].flatten()
     # H read backwards is L L^T, so H^-1 is U^T U with U = L^-1 read backwards: one factorization in the place of the paper's two
     backwards, mean = hessian[order][:, order].flip(0, 1), diagonal.mean()
-    for damp in (facts["damp_percent"] * 10.0**k for k in range(4)):
-        factor, failed = torch.linalg.cholesky_ex(backwards + torch.eye(len(order), device=order.device) * (damp * mean))
+    for tenfold in range(4):
+        damp = settings["damp_percent"] * 10.0**tenfold
+        if tenfold:
+            print(f"a Hessian has no inverse with --damp_percent {damp / 10:g}: {damp:g} is tried (more calibration data is better)", file=sys.stderr)
+        backwards.diagonal().add_(damp * mean)
+        factor, failed = torch.linalg.cholesky_ex(backwards)
         if not failed and factor.isfinite().all():
             return torch.linalg.solve_triangular(factor, torch.eye(len(order), device=order.device), upper=False).flip(0, 1), order
     raise RunStopped("a Hessian is not positive: the calibration data has too few tokens, or the model's numbers are infinite")
 
 
-def quantize(weight, factor, order, facts: dict):
+def quantize(weight, factor, order, settings: dict):
     """Codes (in, out) uint8, scales and zeros (groups, out) and g_idx (in) of a matrix (out, in): algorithm 1 of the paper.
 
     The matrix lies transposed here, so that a column of the paper's is a row, whose numbers are neighbours in memory.
     """
-    bits, size, sym = facts["bits"], facts["group_size"] if facts["group_size"] > 0 else len(order), facts["sym"]
+    bits, size, sym = settings["bits"], settings["group_size"] if settings["group_size"] > 0 else len(order), settings["sym"]
     rest = weight.T[order].contiguous()  # (in, out)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     groups = torch.arange(len(order), device=order.device) // size
-    g_idx = torch.empty_like(order).index_copy_(0, order, groups) if facts["desc_act"] else groups
+    g_idx = torch.empty_like(order).index_copy_(0, order, groups) if settings["desc_act"] else groups
     scales, zeros = rest.new_empty(2, len(order) // size, rest.shape[1])
     for begin in range(0, len(order), BLOCK):
         end = begin + BLOCK
@@ -75,13 +80,14 @@ def quantize(weight, factor, order, facts: dict):
         errors, rounded = torch.empty_like(block), torch.empty_like(block)
         if begin % size == 0:
             g = g_idx[order[begin]]
-            scale, zero = scales[g], zeros[g] = grid(rest[begin : begin + size], bits, sym)
+            scale, zero = grid(rest[begin : begin + size], bits, sym)
+            scales[g], zeros[g] = scale, zero
         for i, inverse in enumerate(corner.diagonal().reciprocal().tolist()):
             torch.div(block[i], scale, out=rounded[i]).round_().add_(zero).clamp_(0, 2**bits - 1)
-            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)
+            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)  # eq. 2: error over [U]_ii
             block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
         codes[order[begin:end]] = rounded.byte()
-        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)  # eq. 4: the block's errors to all that is left
     return codes, scales, zeros, g_idx
 
 
@@ -92,14 +98,15 @@ def grid(values, bits: int, sym: bool):
         high = high.maximum(-low)
         low = -high
     scale = ((high - low) / top).half().float().clamp(min=2**-24)  # as it will be stored
-    return scale, scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(0, top)
+    zero = scale.new_full(scale.shape, 2 ** (bits - 1)) if sym else (-low / scale).round().clamp(0, top)
+    return scale, zero
 
 
-def round_to_nearest(weight, facts: dict):
+def round_to_nearest(weight, settings: dict):
     """The matrix (out, in) with each number rounded by itself, on the same kind of grid."""
-    values = weight.T.reshape(-1, facts["group_size"] if facts["group_size"] > 0 else weight.shape[1], weight.shape[0])  # (groups, n, out)
-    scale, zero = (part[:, None] for part in grid(values, facts["bits"], facts["sym"]))
-    codes = (values / scale).round_().add_(zero).clamp_(0, 2 ** facts["bits"] - 1)
+    values = weight.T.reshape(-1, settings["group_size"] if settings["group_size"] > 0 else weight.shape[1], weight.shape[0])  # (groups, n, out)
+    scale, zero = (part[:, None] for part in grid(values, settings["bits"], settings["sym"]))
+    codes = (values / scale).round_().add_(zero).clamp_(0, 2 ** settings["bits"] - 1)
     return codes.sub_(zero).mul_(scale).view(weight.shape[1], -1).T
 
 
@@ -147,8 +154,7 @@ def dequantize(parts: dict[str, torch.Tensor], settings: dict, dtype: torch.dtyp
 def file_tensors(name: str, tensor: Tensor, quantized: bool, bits: int, group_size: int) -> dict[str, Tensor]:
     """The tensors that stand in the file for one of the original's: its four parts, or itself, in 16 bit."""
     if not quantized:
-        wide = tensor.dtype in ("F32", "F64")
-        return {name: tensor._replace(dtype="F16", size=tensor.size // (tensor.size // max(1, math.prod(tensor.shape))) * 2) if wide else tensor}
+        return {name: tensor._replace(dtype="F16", size=2 * math.prod(tensor.shape)) if tensor.dtype in ("F32", "F64") else tensor}
     rows, columns = tensor.shape
     groups = columns // group_size if group_size > 0 else 1
     shapes = {"qweight": (columns * bits // 32, rows), "qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (columns,)}
@@ -170,7 +176,10 @@ def read_parts(source, name: str) -> dict[str, torch.Tensor]:
 def gptq_config(model_name_or_path: str) -> dict | None:
     """quantization_config of a GPTQ folder; None for any other. BadInput if it is of a version that is not known here."""
     file = Path(model_name_or_path) / "config.json"
-    config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
+    try:
+        config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
+    except ValueError as problem:
+        raise BadInput(f"{file} is no whole JSON: {problem}") from None
     if config.get("quant_method") != "gptq":
         return None
     config.setdefault("checkpoint_format", "gptq")
@@ -181,6 +190,7 @@ def gptq_config(model_name_or_path: str) -> dict | None:
 
 
 def has_gptqmodel() -> bool:
+    """Whether transformers can load a GPTQ folder by itself."""
     return bool(importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum"))
 
 

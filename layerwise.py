@@ -114,7 +114,7 @@ def stream_layers(model, weights: Weights) -> str:
         filled.update(p for _, _, p, _ in places)
     for name, p in model.named_parameters():
         if is_hollow(p) and p not in filled and ".original_module." not in name:
-            raise BadInput(f"{name} lies outside of the layers of this model, so it cannot be run layer by layer (merge_lora.py goes on with --check False)")
+            raise BadInput(f"{name} lies outside of the layers of this model, so it cannot be run layer by layer (merge_lora.py: --check False)")
     for module in model.modules():  # what there is of weights: adapters, and what is computed
         for p in module.parameters(recurse=False):
             p.data = p.data if is_hollow(p) else p.data.to(device)
@@ -167,7 +167,7 @@ def file_name(weights: Weights, name: str) -> str:
     for candidate in (name, name.partition(".")[2], embedding if name.endswith(HEADS) else None):
         if candidate in weights.tensors:
             return candidate
-    raise BadInput(f"{weights.folder} has no tensor {name}, so it cannot be run layer by layer (merge_lora.py goes on with --check False)")
+    raise BadInput(f"{weights.folder} has no tensor {name}, so it cannot be run layer by layer (merge_lora.py: --check False)")
 
 
 def _fill(weights: Weights, device: str, places: list, *_) -> None:

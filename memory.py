@@ -86,7 +86,7 @@ def read_shapes(model_name_or_path: str) -> Shapes:
             raise BadInput(f"{file} is no config.json: {problem}") from None
     if path.is_dir():
         raise BadInput(f"{path} has no config.json, so it is no model")
-    name = re.sub(r"-(hf|instruct|chat|base|v0\.\d)$", "", path.name.lower())
+    name = re.sub(r"(-(hf|instruct|chat|base|v\d\.\d))+$", "", path.name.lower())
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0)[0]
         raise BadInput(f"{model_name_or_path} is no folder, no config.json and no size that is known here (nothing is downloaded): did you mean {near}? "
@@ -96,6 +96,8 @@ def read_shapes(model_name_or_path: str) -> Shapes:
 
 def shapes_of(config: dict, where: str) -> Shapes:
     """The shapes that a configuration describes; BadInput if it lacks one."""
+    if not isinstance(config, dict):
+        raise BadInput(f"{where} holds a {type(config).__name__}, no configuration of a model")
     config = config | (config.get("text_config") or {})
     kind = str(config.get("model_type"))
 
@@ -193,9 +195,9 @@ def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
         buffers = 2 * computed * bucket + computed * min(trained + adapters, zero.get("allgather_bucket_size", 5e8)) if stage < 3 else 0
         if stage == 3:
             weights, buffers = weights / run.ranks, computed * min(shapes.weights, zero.get("stage3_max_live_parameters", 1e9))
-        if zero.get("offload_optimizer", {}).get("device") == "cpu":
+        if (zero.get("offload_optimizer") or {}).get("device") == "cpu":
             host, optimizer, gradients = 16 * (trained + adapters), 0, min(gradients, 2 * computed * bucket)
-        if zero.get("offload_param", {}).get("device") == "cpu":
+        if (zero.get("offload_param") or {}).get("device") == "cpu":
             host, weights = host + computed * shapes.weights, 0
 
     # ---- what comes and goes with the tokens ----

@@ -22,13 +22,12 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tensors import Shards, Tensor, Weights, check_new_folder, files_beside, local_folder, open_model, unfinished_folder
-from utils import BadInput, RunStopped, check_file, check_positive, cli, fingerprint, show
+from tensors import Shards, Tensor, Weights, files_beside, local_folder, open_model, unfinished_folder
+from utils import BadInput, RunStopped, check_file, check_output_dir, check_positive, cli, fingerprint, show
 
 MULTIPLE = 32  # of which every size is one: so many codes fill whole words of a file, whatever the bits
 PROGRESS = "progress.txt"  # in the unfinished folder: the facts of the run, then the matrices that are done, a line each
@@ -75,7 +74,7 @@ def main(
     """
     flags = dict(locals())
     show(flags)
-    check_new_folder(output_dir, "output_dir")
+    check_output_dir(output_dir)
     for flag, path in (("calibration_path", calibration_path), ("eval_path", eval_path)):
         if not os.path.isdir(path or ""):
             check_file(flag, path)
@@ -97,8 +96,6 @@ def main(
     linear = linear_layers(model, base, group_size)
     tokenizer = load_tokenizer(str(base.folder), trust_remote_code)
     calibrated, evaluated = choose_examples(tokenizer, template, calibration_path, eval_path, max_length, calibration_size, seed)
-    if max(max(example["input_ids"]) for example in calibrated + evaluated) >= model.config.vocab_size:
-        raise BadInput(f"--template={template} writes tokens that {base.folder} does not have: take the template that it was trained with")
     batch = collate([calibrated, evaluated, evaluated, evaluated], padded=attention is None)
     positions = [len(examples) * batch["input_ids"].shape[1] if attention is None else sum(len(example["input_ids"]) for example in examples)
                  for examples in (calibrated, evaluated)]
@@ -107,19 +104,22 @@ def main(
     for name, tensor in base.tensors.items():
         tensors |= file_tensors(name, tensor, name in linear, bits, group_size)
     settings = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=damp_percent, checkpoint_format="gptq" if sym else "gptq_v2")
-    facts = settings | {"base": fingerprint(str(base.folder)), "text": hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()}
+    files = [(file, (base.folder / file).stat().st_size, (base.folder / file).stat().st_mtime) for file in base.files]  # of pickles, which have no fingerprint
+    facts = settings | {"base": fingerprint(str(base.folder)) or str(files), "text": hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()}
 
     # ---- quantize ----
+    device = stream_layers(model, base)
     started = time.monotonic()
     size = sum(tensor.size for tensor in tensors.values())
     with unfinished_folder(Path(output_dir), size, "output_dir", keep=True) as unfinished:
         quantizer = Quantizer(unfinished, tensors, facts, linear, positions, batch.get("attention_mask"))
-        device = stream_layers(model, base)
         inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
         lengths = {"document_lengths": batch["document_lengths"]} if attention == "documents" else {}
         with torch.inference_mode(), quantizer.bar:
             hidden = model.base_model(**inputs, use_cache=False, **lengths)[0]
             perplexities = evaluate(model, base, hidden, batch["labels"].to(device), quantizer.splits)
+        if missing := {name.removesuffix(".weight") for name in linear} - quantizer.done:
+            raise RunStopped(f"no input came to {min(missing)} ({len(missing)} matrices in all): a model that leaves out layers is not known here")
         for name in base.tensors.keys() - linear.keys():
             copy_tensor(base, quantizer.shards, name, tensors[name])
 
@@ -127,11 +127,12 @@ def main(
         for file in files_beside(base.folder):
             shutil.copyfile(file, unfinished / file.name)
         config = json.loads((base.folder / "config.json").read_text("utf-8"))
-        if "F32" in {tensor.dtype for tensor in base.tensors.values()}:
+        if {tensor.dtype for tensor in base.tensors.values()} <= {"F32", "F64"}:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
         written = settings | {"quant_method": "gptq", "lm_head": False, "true_sequential": True, "static_groups": False}
         for name, about in (("config.json", config | {"quantization_config": written}), ("quantize_config.json", written)):
             (unfinished / name).write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+        quantizer.progress.close()
         (unfinished / PROGRESS).unlink()
     seconds, before = time.monotonic() - started, sum(tensor.size for tensor in base.tensors.values())
     print(f"{'weights':18}{'perplexity':>10}{'size':>12}{'time':>10}", file=sys.stderr)
@@ -163,26 +164,20 @@ def linear_layers(model, base: Weights, group_size: int) -> dict:
     return found
 
 
-def holds_text(path: str) -> bool:
-    """Whether a file holds documents, rather than instructions or dialogues."""
-    from records import read_rows
-
-    if os.path.isdir(path) or path.endswith(".txt"):
-        return True
-    row = next(iter(read_rows(path, Counter())), None)
-    return isinstance(row, dict) and bool({"text", "completion", "content"} & row.keys()) and not str(row.get("text")).startswith("<s>Human:")
-
-
 def choose_examples(tokenizer, template: str, calibration_path: str, eval_path: str | None, max_length: int, calibration_size: int, seed: int):
     """Examples to calibrate on, calibration_size * max_length tokens of them, and a quarter as many others to evaluate on, 16 * max_length at most."""
     import numpy
 
     from chat import Chat, hold_out, tokenize_documents, tokenize_records
+    from records import holds_text
 
     def read(path: str):
         if holds_text(path):
             return tokenize_documents(path, Chat(copy.deepcopy(tokenizer), "plain"), max_length)
-        return tokenize_records(path, Chat(copy.deepcopy(tokenizer), template), max_length)
+        chat = Chat(copy.deepcopy(tokenizer), template)
+        if chat.new_tokens:  # their rows, if the model has any to spare, were never trained
+            raise BadInput(f"--template={template} writes tokens that this model does not have ({chat.new_tokens[0]}): take the one that it was trained with")
+        return tokenize_records(path, chat, max_length)
 
     examples = read(calibration_path)
     others, chosen, held = read(eval_path) if eval_path else examples, numpy.arange(len(examples)), None
@@ -209,7 +204,10 @@ def copy_tensor(base: Weights, shards: Shards, name: str, tensor: Tensor) -> Non
     if tensor.dtype == base.tensors[name].dtype:
         return shards.copy(base, name)
     for first, last in base.tensors[name].row_chunks():
-        shards.write(name, first * tensor.row * 2, base.floats(name, first, last).half().view(torch.uint8).numpy())
+        data = base.floats(name, first, last).half()
+        if not data.isfinite().all():
+            raise RunStopped(f"{name} holds numbers beyond the 65,504 of fp16: convert the model to bf16 first")
+        shards.write(name, first * tensor.row * 2, data.view(torch.uint8).numpy())
 
 
 # ---- one pass through the model ----
@@ -253,6 +251,7 @@ class Quantizer:
             if self.shards.read(f"{name}.{part}", 0, len(data)) != data:
                 raise RunStopped(f"{name}.{part} was written, but reads back otherwise: is the disk damaged?")
         self.note(name)
+        self.done.add(name)
 
     def forward(self, name: str, module, x):
         """x (..., in) -> (..., out)."""
@@ -262,6 +261,8 @@ class Quantizer:
         from gptq import dequantize, hessian, inverse_factor, quantize, read_parts, round_to_nearest, to_parts
 
         weight, rows = module.weight, x.reshape(-1, x.shape[-1])  # (out, in), (N, in)
+        if len(rows) != sum(self.splits):
+            raise RunStopped(f"{name} sees {len(rows)} of {sum(self.splits)} positions: a model that routes them is not known here")
         if name in self.done:
             parts = {part: tensor.to(x.device) for part, tensor in read_parts(self.shards, name).items()}
         else:
@@ -284,10 +285,13 @@ def evaluate(model, base: Weights, hidden, labels, splits: list[int]) -> dict[st
     from training import LOGITS_AT_ONCE, head_chunk
 
     name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if model.get_output_embeddings().bias is not None:
+        raise BadInput(f"{base.folder}: its head has a bias, which is not known here")
     head = partial(F.linear, weight=base.floats(file_name(base, f"{name}.weight")).to(hidden.device))
     hidden, targets = hidden.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (N, D), (N,)
     perplexities, end = {}, len(targets)
-    for name, count in zip(("rounded", "original", "gptq"), reversed((splits[1], *splits[1:]))):
+    count = splits[1]  # of each copy
+    for name in ("rounded", "original", "gptq"):
         these, of_these = hidden[end - count : end], targets[end - count : end]
         trained = (of_these != -100).nonzero()[:, 0]
         parts = trained.split(max(1, LOGITS_AT_ONCE // head.keywords["weight"].shape[0]))

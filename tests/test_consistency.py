@@ -8,7 +8,7 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.read_text("utf-8").endswith('if __name__ == "__main__":\n    cli(main)\n'))
 SOURCES = {path.name: path.read_text("utf-8") for path in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("*.py")]}
-SHARED = {"utils.py", "records.py", "chat.py", "models.py", "training.py", "vocabulary.py", "tensors.py", "layerwise.py", "gptq.py", "memory.py", "web.py"}
+SHARED = {"utils.py", "records.py", "chat.py", "models.py", "training.py", "vocabulary.py", "tensors.py", "layerwise.py", "gptq.py", "memory.py", "terminal.py", "web.py"}
 MEANT_OTHERWISE = {("quantize_gptq.py", "bits")}  # of what it writes, not of what it loads
 
 

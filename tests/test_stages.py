@@ -18,6 +18,7 @@ from test_records import write
 
 import finetune_lora
 import generate
+import terminal
 import inspect_labels
 from chat import Chat, tokenize_records
 from utils import BadInput, RunStopped
@@ -407,16 +408,24 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_fold
         assert (tmp_path / "cut.jsonl").read_bytes() == whole
     answer(tmp_path / "cut.jsonl")
     assert "answered in" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="was begun with seed = .*, now it is 7"):
+        answer(tmp_path / "whole.jsonl", seed=7)
     write(tmp_path, {"prompt": "别的"}, name="data.jsonl")
     with pytest.raises(BadInput, match="line 1 does not answer record 0"):
         answer(tmp_path / "whole.jsonl")
+    (tmp_path / "text.txt").write_text("no JSON\n")
+    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
+        answer(tmp_path / "text.txt")
+    write(tmp_path, {"prompt": "你好", "answer": "旧"}, name="data.jsonl")
+    answer(tmp_path / "again.jsonl")
+    answer(tmp_path / "again.jsonl")
 
 
 def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
     model, chat, _ = talker
     typed = iter(["你是谁？", "再见", "/undo", "/system 新的", f"/save {tmp_path / 'kept.jsonl'}", "/clear", "再见", f"/save {tmp_path / 'kept.jsonl'}"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
-    generate.chat_in_terminal(model, chat, [], SETTINGS)
+    terminal.chat_in_terminal(model, chat, [], SETTINGS)
     first, second = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert first[0] == ("system", "新的") and first[1] == ("user", "你是谁？") and first[2][0] == "assistant" and len(first) == 3
     assert second[0] == ("system", "新的") and second[1] == ("user", "再见") and len(second) == 3

@@ -189,7 +189,10 @@ def test_every_choice_answers_as_if_it_were_loaded_alone(site, model_folder, ada
             logits = site.model(input_ids=ids).logits
         assert torch.equal(logits[..., : len(chat.tokenizer)], model(ids).logits[..., : len(chat.tokenizer)])
         sampled = [list(generate.stream(site.model, site.choices[name][0], [{"role": "user", "content": "你好"}], **GREEDY | {"temperature": 2.0})) for _ in range(3)]
-        assert all(sampled)  # no token that another adapter added is ever drawn
+        assert all(sampled)
+        arguments = generate.generation_arguments(site.model, site.choices[name][0], **GREEDY)
+        rows = site.model.get_input_embeddings().weight.shape[0]
+        assert arguments.get("suppress_tokens", []) == list(range(len(chat.tokenizer), rows))  # no token that another adapter added is ever drawn
 
 
 @pytest.mark.parametrize("text", ["<script>x</script> & &lt; &amp; a<b", "`<b>` ``a ` <i>`` <u>", "```html\n<p>$1$</p>\n```\n<p>", "~~~\n<a>", "$x^2$ 和 $5、$6 \\(a\\) $$b$$ ![](http://a/b)", "", "<", "a `b\n\n<c> d`"])
@@ -355,6 +358,15 @@ def test_a_conversation_is_saved_for_training_and_read_back(tabs, site, tmp_path
     tab.page.get_by_text("Cannot be read: bad.json").wait_for()
     finetune_lora.main(model_name_or_path=site.model.config._name_or_path, data_path=str(tmp_path / "saved.jsonl"), output_dir=str(tmp_path / "out"),
                        template="chatml", max_steps=1, gradient_checkpointing=False)
+
+
+def test_whatever_a_message_holds_the_page_loads_from_nowhere_else(tabs):
+    blocked = tabs().page.evaluate("""() => new Promise(done => {
+        document.addEventListener("securitypolicyviolation", event => done(event.effectiveDirective));
+        new Image().src = "http://example.invalid/a.png";
+        setTimeout(() => done("nothing"), 3000);
+    })""")
+    assert blocked == "img-src"
 
 
 def test_a_full_queue_is_said_politely(tabs, site, monkeypatch):
