@@ -396,8 +396,8 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_fold
     _, _, adapter = talker
     rows = [{"prompt": "你是谁？"}, {"instruction": "再见", "output": "旧答案", "id": 7}, {"input": ["再见", "你是谁？"], "output": ["再见！", ""]}, {"prompt": "再见"}, {"prompt": "谁"}]
     source = write(tmp_path, *rows)
-    answer = lambda out: generate.main(model_name_or_path=str(model_folder), lora_path=str(adapter), input_file=source, output_file=str(out), per_device_eval_batch_size=2,
-                                       max_new_tokens=12, temperature=0.9)
+    answer = lambda out, **more: generate.main(model_name_or_path=str(model_folder), lora_path=str(adapter), input_file=source, output_file=str(out), per_device_eval_batch_size=2,
+                                       max_new_tokens=12, temperature=0.9, **more)
     answer(tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
