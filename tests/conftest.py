@@ -87,7 +87,7 @@ def model_folder(tmp_path_factory, bytelevel_folder) -> Path:
 
 @pytest.fixture
 def calls(tmp_path):
-    """Run a command in a folder that has scripts/, with stubs for all that is slow or far away on PATH; returns what they were called with, word by word."""
+    """Run a command in a folder that has scripts/, with stubs on PATH for all that is slow or far away; returns the words of each call of one."""
     stub = """#!/bin/sh
 name=${0##*/}
 [ $name = nvidia-smi ] && exit 1  # no GPU

@@ -39,6 +39,7 @@ def test_both_readmes_have_the_same_code_blocks_and_sections():
     chinese, english = (blocks(name) for name in READMES)
     assert chinese == english and {kind for kind, _ in chinese} == {"bash", "python", "text"}
     assert [re.findall("^#+ ", text, re.M) for text in map(read, READMES[:1])] == [re.findall("^#+ ", text, re.M) for text in map(read, READMES[1:])]
+    assert ELSEWHERE.keys() <= set(commands())
     rows = [[line.count("|") for line in read(name).splitlines() if line.startswith("|")] for name in READMES]
     assert rows[0] == rows[1]  # the same tables
 
@@ -67,7 +68,7 @@ def test_every_command_works(calls, command, monkeypatch, capfd, tmp_path):
         wrapper = re.fullmatch(r"bash (\S+\.sh)", command)
         assert not wrapper or subprocess.run(["bash", "-n", wrapper[1]], cwd=ROOT).returncode == 0
         return
-    for name, text in {"my/Llama-2-7b-hf/config.json": "{}", "output/mine/adapter_model.safetensors": "", "my.json": "你好"}.items():  # what serve.sh and iconv look at
+    for name, text in (("my/Llama-2-7b-hf/config.json", "{}"), ("output/mine/adapter_model.safetensors", ""), ("my.json", "你好")):  # serve.sh and iconv read them
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, "gb18030")
     assert re.match(r"(\w+=\S+ )*(bash scripts/|python |pip install |curl |iconv )", command), f"no test knows how to run {command}"
@@ -83,8 +84,8 @@ def test_every_command_works(calls, command, monkeypatch, capfd, tmp_path):
             assert not ended.value.code
         elif program == "pip":
             assert words[:2] == ["install", "-r"] and len(words) == 3
-            lines = [line.split("#")[0].strip() for line in (ROOT / words[2]).read_text("utf-8").splitlines()]
-            assert lines and all(re.fullmatch(r"-r requirements[\w-]*\.txt|[\w\[\]-]+==[\w.]+", line) for line in lines)
+            lines = [line.split("#")[0].strip() for file in {ROOT / words[2], *ROOT.glob("requirements*.txt")} for line in file.read_text("utf-8").splitlines()]
+            assert all(re.fullmatch(r"-r requirements[\w-]*\.txt|[\w\[\]-]+==[\w.]+", line) for line in lines)  # pinned
         elif program in ("curl", "transformers"):  # tests/test_serve.py sends this request, and starts this server
             assert command.startswith("curl http://127.0.0.1:8000/v1/chat/completions ") or words[:2] == ["serve", "yangtuo"]
         elif words[:1] not in (["scripts/default_model.py"], ["-"]) and words[:2] != ["-m", "pip"]:  # of quickstart.sh and chinese_base.sh
