@@ -1,6 +1,7 @@
 """Both READMEs say the same, nothing that is not there, and no command that does not work."""
 import functools
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from conftest import ROOT
 from test_consistency import SCRIPTS
 
 from records import numbered_records
-from utils import cli
+from utils import BadInput, cli
 
 READMES = ["README.md", "README_EN.md"]
 ELSEWHERE = {  # commands that are run, but not here
@@ -111,3 +112,12 @@ def test_every_record_that_is_shown_can_be_read(name, tmp_path):
         document = "completion" in text or '"text"' in text
         (number, record), = numbered_records(str(file), document_separator="line" if document else None)
         assert record["messages"][-1]["role"] == "assistant" and record["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_EN.md", "sample/README.md"])
+def test_mojibake_that_is_shown_is_refused(name, tmp_path):
+    shown = re.search(r"`([^`]+)`[,、] ?`(浣[^`]+)`", read(name)).groups()
+    for text in shown:
+        (tmp_path / "shown.jsonl").write_text(json.dumps({"instruction": "?", "output": text}))
+        with pytest.raises(BadInput, match="mojibake"):
+            list(numbered_records(str(tmp_path / "shown.jsonl")))
