@@ -1,6 +1,8 @@
 """Tiny models and tokenizers, made on the spot from sample/: no network, no GPU, no downloaded weights."""
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,3 +83,34 @@ def model_folder(tmp_path_factory, bytelevel_folder) -> Path:
     from transformers import AutoTokenizer
 
     return make_model(tmp_path_factory.mktemp("model"), AutoTokenizer.from_pretrained(bytelevel_folder))
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """Run a command in a folder that has scripts/, with stubs on PATH for all that is slow or far away; returns the words of each call of one."""
+    stub = """#!/bin/sh
+name=${0##*/}
+[ $name = nvidia-smi ] && exit 1  # no GPU
+[ "$1" = -c ] && exit 0  # is this installed?
+[ "$1" = scripts/default_model.py ] && echo the/default/model
+printf '%s\\0' $name "$@" >> "$CALLS" && echo >> "$CALLS"
+"""
+    for name in ("torchrun", "python", "python3", "pip", "curl", "transformers", "vllm", "nvidia-smi"):
+        (tmp_path / "stubs").mkdir(exist_ok=True)
+        (tmp_path / "stubs" / name).write_text(stub)
+        (tmp_path / "stubs" / name).chmod(0o755)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "venv").mkdir()  # for install.sh, which finds it up to date
+    subprocess.run("cat requirements*.txt | sha256sum > venv/.installed-requirements.txt", shell=True, cwd=tmp_path, check=True)
+    log = tmp_path / "calls"
+
+    def run(*command, **environment) -> list[list[str]]:
+        log.write_text("")
+        named = {"PATH": f"{tmp_path / 'stubs'}:{os.environ['PATH']}", "CALLS": str(log), "HF_HUB_CACHE": str(tmp_path / "hub"), "VENV": str(tmp_path / "venv")}
+        done = subprocess.run(command, env=os.environ | named | environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [call.split("\0")[:-1] for call in log.read_text().split("\n")[:-1]]
+
+    return run

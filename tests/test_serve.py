@@ -1,9 +1,13 @@
 """The OpenAI-compatible server that scripts/serve.sh starts, asked by the clients that people use."""
 import inspect
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -100,6 +104,30 @@ def test_langchain_is_answered_from_the_prompt_of_training(server, expected):
     pieces = [chunk.content for chunk in llm.stream(TALK)]
     check(server, expected, "".join(pieces))
     assert len(pieces) > 3
+
+
+def of_readme(server, pattern):
+    """What the README has at `pattern`, for the port and the model of this server."""
+    found = re.search(pattern, (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[0]
+    return found.replace("http://127.0.0.1:8000/v1", server.client["base_url"]).replace('"yangtuo"', f'"{server.folder}"')
+
+
+def test_the_python_of_the_readme_is_answered(server, capsys):
+    block = of_readme(server, r"(?<=^```python\n).*?(?=^```)")
+    exec(compile(block, "README.md", "exec"), {})
+    first, second = server.prompts
+    server.prompts.clear()
+    model, chat = generate.load(str(server.folder))
+    assert first == second == [i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], add_generation_prompt=True) for i in piece]
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_curl_of_the_readme_is_answered(server):
+    curl, url, _, header, _, body = shlex.split(of_readme(server, r"^curl http.*?$"))
+    with urllib.request.urlopen(urllib.request.Request(url, body.encode(), dict([header.split(": ")]))) as answer:
+        lines = [line.decode().strip() for line in answer if line.strip()]
+    server.prompts.clear()
+    assert len(lines) > 3 and json.loads(lines[0].removeprefix("data: "))["object"] == "chat.completion.chunk" and json.loads(body)["stream"]
 
 
 def test_the_wrapper_serves_to_this_machine_alone(wrapper, model_folder):

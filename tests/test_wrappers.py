@@ -1,7 +1,4 @@
 """Each wrapper starts the script of its name, with flags that the script has."""
-import os
-import subprocess
-
 import pytest
 from conftest import ROOT
 from test_consistency import flags_of
@@ -9,22 +6,9 @@ from test_consistency import flags_of
 WRAPPERS = [path for path in sorted((ROOT / "scripts").glob("*.sh")) if (ROOT / f"{path.stem}.py").is_file()]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Run a wrapper with stubs for torchrun and python on PATH; returns the words they were called with."""
-    def run(wrapper, *flags, **environment):
-        for name in ("torchrun", "python"):
-            (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nfor word in "$0" "$@"; do echo "$word"; done\n')
-            (tmp_path / name).chmod(0o755)
-        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""} | environment
-        return subprocess.run(["bash", wrapper, *flags], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
-
-    return run
-
-
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda path: path.name)
-def test_a_wrapper_passes_only_flags_that_its_script_has(run, wrapper):
-    words = run(wrapper, "--seed", "7", MODEL_PATH="my/model", BASE_MODEL="my/model", LORA_PATH="my adapter", DELTA_PATH="my delta", DATA_PATH="my data.json")
+def test_a_wrapper_passes_only_flags_that_its_script_has(calls, wrapper):
+    words = calls("bash", wrapper, "--seed", "7", MODEL_PATH="my/model", BASE_MODEL="my/model", LORA_PATH="my adapter", DELTA_PATH="my delta", DATA_PATH="my data.json")[-1]
     script = "generate.py" if wrapper.stem == "web" else f"{wrapper.stem}.py"
     own = words[words.index(script) + 1:]
     given = [word.removeprefix("--") for word in own if word.startswith("--")]
@@ -33,9 +17,9 @@ def test_a_wrapper_passes_only_flags_that_its_script_has(run, wrapper):
 
 
 @pytest.mark.parametrize("wrapper", [path for path in WRAPPERS if "torchrun" in path.read_text()], ids=lambda path: path.name)
-def test_a_training_wrapper_counts_gpus_and_reaches_other_machines(run, wrapper):
-    words = run(wrapper, MODEL_PATH="m", TOT_CUDA="0,3,5", PORT="29511", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+def test_a_training_wrapper_counts_gpus_and_reaches_other_machines(calls, wrapper):
+    words = calls("bash", wrapper, MODEL_PATH="m", TOT_CUDA="0,3,5", PORT="29511", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")[-1]
     options = dict(zip(words[1::2], words[2::2]))
     assert (options["--nproc_per_node"], options["--nnodes"], options["--node_rank"]) == ("3", "2", "1")
     assert (options["--master_addr"], options["--master_port"]) == ("10.0.0.1", "29511")
-    assert dict(zip(words[1::2], run(wrapper, MODEL_PATH="m")[2::2]))["--nproc_per_node"] == "1"
+    assert dict(zip(words[1::2], calls("bash", wrapper, MODEL_PATH="m")[-1][2::2]))["--nproc_per_node"] == "1"
