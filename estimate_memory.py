@@ -80,6 +80,8 @@ def main(
         training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
     """
     flags = dict(locals())
+    if fit < 0:
+        raise BadInput(f"--fit={fit:g} is no size of a card in GB")
     others = ("stage", "model_name_or_path", "data_path", "ranks", "fit", "training_arguments")
     given = {name: value for name, value in flags.items() if name not in others and value is not None}
     if model_name_or_path is None:
@@ -194,6 +196,8 @@ def cheapest(stage: str, flags: dict, shapes: Shapes, fit: float, given: dict) -
     ram = estimate(shapes, as_run(flags | change))["host"]
     sample = "sample/corpus.txt" if stage == "pretrain_clm" else "sample/instruction.json"
     words = {"data_path": sample} | {name: value for name, value in given.items() if value is not None} | change
+    if not os.path.exists(words["model_name_or_path"]):
+        words["model_name_or_path"] = f"my/{words['model_name_or_path']}"  # a size, which no script can load
     launcher = f"torchrun --nproc_per_node {flags['ranks']}" if flags["ranks"] > 1 or "deepspeed" in words else "python"
     return (f"to fit {fit:g} GB: {', '.join(f'--{name} {value}' for name, value in change.items()) or 'nothing need change'}; {size / 1e9:.1f} GB on each card"
             + f", {ram / 1e9:.0f} GB of RAM" * (ram > 0)

@@ -342,11 +342,12 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
             with gr.Column(scale=1, min_width=280):
                 system_box = gr.Textbox(system or "", label="系统提示 System prompt", lines=2, max_lines=6, max_length=20_000)
                 longest = max(min(context, 4096), settings["max_new_tokens"])
-                at = settings  # what the command line asked for is within the bounds
-                sliders = [gr.Slider(0, max(2, at["temperature"]), at["temperature"], step=0.05, label="温度 Temperature", info="0：总取最可能的词 always the likeliest"),
+                at, penalty = settings, settings["repetition_penalty"]  # what the command line asked for is within the bounds
+                sliders = [gr.Slider(0, max(2, at["temperature"]), at["temperature"], step=0.05, label="温度 Temperature",
+                                     info="0：总取最可能的词 always the likeliest"),
                            gr.Slider(min(0.05, at["top_p"]), 1, at["top_p"], step=0.05, label="Top-p"),
                            gr.Slider(0, max(200, at["top_k"]), at["top_k"], step=1, label="Top-k", info="0：不限 no limit"),
-                           gr.Slider(min(1, at["repetition_penalty"]), max(2, at["repetition_penalty"]), at["repetition_penalty"], step=0.05, label="重复惩罚 Repetition penalty"),
+                           gr.Slider(min(1, penalty), max(2, penalty), penalty, step=0.05, label="重复惩罚 Repetition penalty"),
                            gr.Slider(1, longest, at["max_new_tokens"], step=1, label="最大长度 Max new tokens")]
         saved = gr.Textbox(visible=False)
 
@@ -363,8 +364,8 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
     page.queue(max_size=2 * MAX_WAITING)  # ask() refuses earlier, and in two languages
     page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), head=STYLE, footer_links=[],
-               
-                app_kwargs={"middleware": [Middleware(OwnServerOnly)]}, run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False, quiet=True, prevent_thread_lock=True)
+                app_kwargs={"middleware": [Middleware(OwnServerOnly)]}, run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False,
+                quiet=True, prevent_thread_lock=True)
     print(f"the page is at {page.local_url}" + (f" and {page.share_url}" if page.share_url else ""), file=sys.stderr)
     if block:
         page.block_thread()
