@@ -172,7 +172,7 @@ def pieces(answer, lock: threading.Lock):
     try:
         held, last = "", 0.0
         while True:
-            wait = last + 0.1 - time.monotonic() if held else 0.5  # each update of the page takes the model's processor for milliseconds
+            wait = last + 0.2 - time.monotonic() if held else 0.5  # each update of the page takes the model's processor for milliseconds
             try:
                 piece = found.get(timeout=max(wait, 0)) if wait > 0 else found.get_nowait()
             except queue.Empty:
