@@ -27,9 +27,9 @@ def test_the_notebook_runs_from_top_to_bottom(model_folder, tmp_path):
     environment = os.environ | {"MODEL_PATH": str(model_folder), "OUTPUT_PATH": str(tmp_path / "out"), "EPOCHS": "12"}
     run = subprocess.run([sys.executable, "-c", RUN, str(NOTEBOOK)], cwd=NOTEBOOK.parent, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
-    before, after = ([json.loads(line)["answer"] for line in open(tmp_path / "out" / f"{name}.jsonl", encoding="utf-8")] for name in ("before", "after"))
+    before, after = ([json.loads(line)["answer"] for line in open(tmp_path / "out" / "notebook" / f"{name}.jsonl", encoding="utf-8")] for name in ("before", "after"))
     assert before != after and after[0].startswith("我是小驼")
-    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file() and run.stdout.rstrip().endswith(after[0].rstrip())
+    assert (tmp_path / "out" / "notebook" / "merged" / "model.safetensors").is_file() and run.stdout.rstrip().endswith(after[0].rstrip())
 
 
 def test_each_cell_calls_a_script_and_is_explained_in_both_languages():
