@@ -52,14 +52,14 @@ def inverse_factor(hessian, settings: dict):
         order = (inside + torch.arange(len(inside), device=inside.device)[:, None] * size)[groups].flatten()
     # H read backwards is L L^T, so H^-1 is U^T U with U = L^-1 read backwards: one factorization in the place of the paper's two
     backwards, mean = hessian[order][:, order].flip(0, 1), diagonal.mean()
-    for tenfold in range(4):
-        damp = settings["damp_percent"] * 10.0**tenfold
-        if tenfold:
-            print(f"a Hessian has no inverse with --damp_percent {damp / 10:g}: {damp:g} is tried (more calibration data is better)", file=sys.stderr)
-        backwards.diagonal().add_(damp * mean)
+    damp = added = settings["damp_percent"]
+    for _ in range(4):
+        backwards.diagonal().add_(added * mean)
         factor, failed = torch.linalg.cholesky_ex(backwards)
         if not failed and factor.isfinite().all():
             return torch.linalg.solve_triangular(factor, torch.eye(len(order), device=order.device), upper=False).flip(0, 1), order
+        print(f"a Hessian has no inverse with --damp_percent {damp:g}: {10 * damp:g} is tried (more calibration data is better)", file=sys.stderr)
+        damp, added = 10 * damp, 9 * damp
     raise RunStopped("a Hessian is not positive: the calibration data has too few tokens, or the model's numbers are infinite")
 
 
@@ -84,10 +84,10 @@ def quantize(weight, factor, order, settings: dict):
             scales[g], zeros[g] = scale, zero
         for i, inverse in enumerate(corner.diagonal().reciprocal().tolist()):
             torch.div(block[i], scale, out=rounded[i]).round_().add_(zero).clamp_(0, 2**bits - 1)
-            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)  # eq. 2: error over [U]_ii
+            torch.sub(block[i], (rounded[i] - zero).mul_(scale), out=errors[i]).mul_(inverse)  # the paper's E
             block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
         codes[order[begin:end]] = rounded.byte()
-        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)  # eq. 4: the block's errors to all that is left
+        rest[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)  # the block's errors to all that is left
     return codes, scales, zeros, g_idx
 
 

@@ -211,7 +211,7 @@ def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder" if not existing.is_dir() else "not writable"))
-    begun = {"run.json", ".saving", "runs"}  # of a run that never came to its first checkpoint
+    begun = {"run.json", ".saving", "runs"} if resume is not None else set()  # of a run that never came to its first checkpoint
     if not resume and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 

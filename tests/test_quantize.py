@@ -204,6 +204,22 @@ def test_calibration_takes_records_through_the_template_and_text_as_it_is(tokeni
     assert "全文" not in text(choose(tmp_path / "with_text.json", "llama2_chinese")[0])
 
 
+def test_a_hessian_without_inverse_is_damped_more_and_that_is_said(capsys):
+    settings = dict(bits=4, group_size=32, desc_act=False, sym=True, damp_percent=0.01, checkpoint_format="gptq")
+    indefinite = torch.eye(32) + torch.diag_embed(torch.full((31,), 0.6), 1) + torch.diag_embed(torch.full((31,), 0.6), -1)  # least eigenvalue about -0.2
+    factor, order = gptq.inverse_factor(indefinite, settings)
+    assert "--damp_percent 0.01: 0.1 is tried" in capsys.readouterr().err
+    damped = indefinite[order][:, order] + torch.eye(32)  # 0.01 and 0.1 are too little, 1 is enough
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_that_a_run_has_begun_in_is_refused_before_anything_is_done(base, tmp_path):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "run.json").write_text("{}")  # of a training run: the result could not take the folder's place
+    with pytest.raises(BadInput, match="holds another run"):
+        run(model_name_or_path=str(base), output_dir=str(tmp_path / "q"))
+
+
 @pytest.mark.parametrize("flags, message", [
     (dict(group_size=100), "--group_size=100 is no multiple of 32"),
     (dict(group_size=128), "take 64"),
