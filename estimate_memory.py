@@ -141,7 +141,7 @@ def check_possible(stage: str, flags: dict, shapes: Shapes) -> None:
         raise BadInput(f"--bits={bits} needs --train lora: quantized weights cannot be trained themselves")
     if zero.get("stage") == 3 and bits < 16:
         raise BadInput(f"--bits={bits} cannot be spread by ZeRO-3: take ds_configs/zero2.json, or --bits 16")
-    offloads = any(zero.get(what, {}).get("device") == "cpu" for what in ("offload_optimizer", "offload_param"))
+    offloads = any((zero.get(what) or {}).get("device") == "cpu" for what in ("offload_optimizer", "offload_param"))
     if zero.get("stage") == 3 and flags["ranks"] == 1 and not offloads:
         raise BadInput(f"--deepspeed={flags['deepspeed']}: ZeRO-3 on one GPU without offload has nobody to share with: give --ranks, or take "
                        f"ds_configs/zero3_offload.json")

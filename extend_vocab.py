@@ -122,7 +122,10 @@ def main(
     with unfinished_folder(Path(output_dir), sum(tensor.size for tensor in tensors.values()), "output_dir") as unfinished:
         shards = Shards(unfinished, "model", tensors)
         for name in tensors:
-            write_matrix(base, shards, name, old_tokens, was, init) if name in matrices else shards.copy(base, name)
+            if name in matrices:
+                write_matrix(base, shards, name, old_tokens, was, init)
+            else:
+                shards.copy(base, name)
         left = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "model", "pytorch_model", ".")  # written anew, or not at all
         for file in folder.iterdir():
             if file.is_file() and file.suffix in (".json", ".jinja", ".md", ".txt", ".py", "") and not file.name.startswith(left):

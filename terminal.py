@@ -10,10 +10,10 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
     """A conversation with history, until the end of the input (Ctrl-D)."""
     import readline  # noqa: F401  (lets input() edit Chinese characters)
 
-    print("/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the\n"
-          "conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     import generate
 
+    print("/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the\n"
+          "conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     messages = list(start)
     while True:
         try:

@@ -516,8 +516,8 @@ def check_machine(args: TrainingArguments, skeleton, trained: int, facts: dict, 
     if zero.get("stage") == 3 and new_rows:
         raise BadInput("this template's special tokens are new to the model, and peft cannot train their rows alone under ZeRO-3: take "
                        "ds_configs/zero2.json, or another --template")
-    needed = 16 * trained * (zero.get("offload_optimizer", {}).get("device") == "cpu")  # fp32 weights, gradients, two moments
-    needed += 2 * sum(p.numel() for p in skeleton.parameters()) * (zero.get("offload_param", {}).get("device") == "cpu")
+    needed = 16 * trained * ((zero.get("offload_optimizer") or {}).get("device") == "cpu")  # fp32 weights, gradients, two moments
+    needed += 2 * sum(p.numel() for p in skeleton.parameters()) * ((zero.get("offload_param") or {}).get("device") == "cpu")
     free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if needed / machines > free:
