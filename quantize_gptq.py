@@ -234,14 +234,14 @@ class Quantizer:
                 raise BadInput(f"{folder} was begun with {name} = {str(before)[:20]}, now it is {str(facts[name])[:20]}: give the same, or remove that folder")
         self.shards = Shards(folder, "model", tensors)
         self.done = {name for name in begun[1:] if f"{name}.qweight" in self.shards.kept}
-        self.progress = open(folder / PROGRESS, "w", encoding="utf-8")
-        self.note(json.dumps(facts), *sorted(self.done))
+        self.progress = open(folder / PROGRESS, "a" if begun else "w", encoding="utf-8")
+        self.note("" if begun else json.dumps(facts))  # an empty line ends one that was cut off
         self.bar = tqdm(total=len(linear), desc="quantizing", unit=" matrices")
         for name, module in linear.items():
             module.forward = partial(self.forward, name.removesuffix(".weight"), module)
 
-    def note(self, *lines: str) -> None:
-        self.progress.write("".join(f"{line}\n" for line in lines))
+    def note(self, line: str) -> None:
+        self.progress.write(f"{line}\n")
         self.progress.flush()
 
     def write(self, name: str, parts: dict) -> None:

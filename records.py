@@ -276,10 +276,10 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
 
 def gbk_mojibake(text: str) -> bool:
     """Whether a run of Chinese, taken back to GBK bytes, is UTF-8: UTF-8 read as GBK turns 你好 into 浣犲ソ."""
-    run = re.search("[\u4e00-\u9fff]{6,60}", text)
-    data = run[0].encode("gb18030") if run else b""
-    for start in range(3):  # the run may begin inside a character
-        whole = data[start : start + (len(data) - start) // 3 * 3].decode("utf-8", "replace")
-        if re.fullmatch("[\u3000-\u9fff\uff00-\uffef]+", whole):
-            return True
+    for run in re.finditer("[\u4e00-\u9fff]{6,60}", text):
+        data = run[0].encode("gb18030")
+        for start in range(3):  # the run may begin inside a character
+            whole = data[start : start + (len(data) - start) // 3 * 3].decode("utf-8", "replace")
+            if re.fullmatch("[\u3000-\u9fff\uff00-\uffef]+", whole):
+                return True
     return False
