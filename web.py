@@ -19,6 +19,7 @@ from records import read_records
 from utils import BadInput
 
 BASE = "底座 base"
+SLIDERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
 MAX_WAITING = 16  # questions in the queue, besides the one that is being answered
 NOTICE = "⚠️ 提示 Notice"
 CODE = re.compile(r"(^(`{3,}|~{3,}).*?(?:^\2|\Z)|(?<![\\`])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\3(?!`))", re.M | re.S)
@@ -204,6 +205,32 @@ def excuse(problem: Exception) -> str:
     return f"出错了，请重试。\nSomething went wrong, please try again. ({type(problem).__name__})"
 
 
+def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str, settings: dict, lock: threading.Lock):
+    """Yield what the page shows while this adapter, or the base, answers the last question."""
+    import gradio as gr
+
+    import generate
+
+    def answer():  # runs under the lock: one adapter from the first token to the last
+        with adapted(model, adapter):
+            yield from generate.stream(model, chat, asked, **settings)
+
+    text, messages = "", conversation(shown, system)
+    try:
+        asked = generate.fit(model, chat, messages, settings["max_new_tokens"])
+        if len(asked) < len(messages):
+            gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
+        for piece in pieces(answer(), lock):
+            text += piece
+            yield shown + [{"role": "assistant", "content": show_text(text)}] if text else shown
+        notice = "" if text else "模型什么也没有回答。The model answered nothing."
+    except Exception as problem:
+        notice = excuse(problem)
+    if notice:
+        said = [{"role": "assistant", "content": show_text(text)}] if text else []
+        yield shown + said + [{"role": "assistant", "content": show_text(notice), "metadata": {"title": NOTICE}}]
+
+
 # ---- the page ----
 def serve_page(model, choices: dict, settings: dict, system: str | None = None, server_name: str = "127.0.0.1", server_port: int = 7860,
                auth: str | None = None, share: bool = False, block: bool = True):
@@ -218,44 +245,20 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
     import gradio as gr
     from starlette.middleware import Middleware
 
-    import generate
-
     lock = threading.Lock()
     names = list(choices)
     context = getattr(model.config, "max_position_embeddings", None) or 4096
 
-    def streamed(shown, name, system, values):
-        """Yield what the page shows while this choice answers its last question."""
-        messages = conversation(shown, system)
-        chat, adapter = choices[name]
-        given = settings | dict(zip(("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"), values))
-
-        def answer():  # runs under the lock: one adapter from the first token to the last
-            with adapted(model, adapter):
-                yield from generate.stream(model, chat, asked, **given)
-
-        text = ""
-        try:
-            asked = generate.fit(model, chat, messages, given["max_new_tokens"])
-            if len(asked) < len(messages):
-                gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
-            for piece in pieces(answer(), lock):
-                text += piece
-                yield shown + [{"role": "assistant", "content": show_text(text)}] if text else shown
-            notice = "" if text else "模型什么也没有回答。The model answered nothing."
-        except Exception as problem:
-            notice = excuse(problem)
-        if notice:
-            said = [{"role": "assistant", "content": show_text(text)}] if text else []
-            yield shown + said + [{"role": "assistant", "content": show_text(notice), "metadata": {"title": NOTICE}}]
+    def given(values):
+        return settings | dict(zip(SLIDERS, values))
 
     def answer_one(shown, name, system, *values):
-        yield from streamed(shown, name, system, values)
+        yield from answer_last(model, *choices[name], shown, system, given(values), lock)
 
     def answer_two(left, right, name, other, system, *values):
-        for shown in streamed(left, name, system, values):
+        for shown in answer_last(model, *choices[name], left, system, given(values), lock):
             yield shown, gr.skip()
-        for shown in streamed(right, other, system, values):
+        for shown in answer_last(model, *choices[other], right, system, given(values), lock):
             yield gr.skip(), shown
 
     def ask(text, *shown):

@@ -47,26 +47,27 @@ def main(
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     base = subprocess.run([sys.executable, "scripts/default_model.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    def run(name: str, *flags) -> list[float]:
-        """Bits per character at each evaluation of a run, the first before its first step; a run that was stopped goes on."""
+    def run(name: str, *flags) -> None:
+        """Run a stage, if it is not done; one that was stopped goes on."""
         if not (work / name / "config.json").is_file() and not (work / name / "adapter_config.json").is_file():
             with open(work / f"{name}.log", "a") as log:
                 begun = ["--resume", "True"] if (work / name).is_dir() and flags[0] == "pretrain_clm.py" else []
                 subprocess.run([sys.executable, *map(str, flags), "--output_dir", str(work / name), *begun], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
-        return [float(bits) for bits in re.findall(r"'eval_bits_per_character': '([\d.]+)'", (work / f"{name}.log").read_text("utf-8"))]
 
-    def pretrain(name: str, model, train: str, count: int, learning_rate: float) -> list[float]:
-        return run(name, "pretrain_clm.py", "--model_name_or_path", model, "--data_path", work / "corpus.jsonl", "--eval_path", work / "held_out.jsonl",
-                   "--train", train, "--max_length", max_length, "--max_steps", count, "--learning_rate", learning_rate, "--lora_r", 32, "--lora_alpha", 64,
-                   "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False, "--eval_on_start", True, "--eval_strategy", "steps",
-                   "--eval_steps", eval_steps, "--save_steps", eval_steps, "--save_total_limit", 1)
+    def pretrain(name: str, model, train: str, begin: int, end: int, learning_rate: float) -> list[tuple[int, float]]:
+        """(tokens, bits per character) at each evaluation of the steps from begin to end."""
+        run(name, "pretrain_clm.py", "--model_name_or_path", model, "--data_path", work / "corpus.jsonl", "--eval_path", work / "held_out.jsonl",
+            "--train", train, "--max_length", max_length, "--max_steps", end - begin, "--learning_rate", learning_rate, "--lora_r", 32, "--lora_alpha", 64,
+            "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False, "--eval_on_start", True, "--eval_strategy", "steps",
+            "--eval_steps", eval_steps, "--save_steps", eval_steps, "--save_total_limit", 1)
+        found = re.findall(r"'eval_bits_per_character': '([\d.]+)', 'epoch': '?([\d.e-]+)", (work / f"{name}.log").read_text("utf-8"))
+        bits = {float(epoch): float(value) for value, epoch in found}  # a run that went on has evaluated a step twice
+        return [(round(begin + (end - begin) * epoch / max(bits)) * max_length, value) for epoch, value in sorted(bits.items())]
 
     run("vocabulary", "extend_vocab.py", "--model_name_or_path", base, "--corpus_path", work / "corpus.jsonl", "--num_pieces", num_pieces)
-    first = pretrain("embeddings", work / "vocabulary", "embeddings", embedding_steps, 2e-3)
-    then = pretrain("with", work / "embeddings", "lora", steps - embedding_steps, 1e-3)
-    alone = pretrain("without", base, "lora", steps, 5e-4)
-    places = lambda values, begin, end: [(min(begin + i * eval_steps, end) * max_length, bits) for i, bits in enumerate(values)]
-    curves = {"without": places(alone, 0, steps), "with": places(first, 0, embedding_steps) + places(then, embedding_steps, steps)}
+    first = pretrain("embeddings", work / "vocabulary", "embeddings", 0, embedding_steps, 2e-3)
+    then = pretrain("with", work / "embeddings", "lora", embedding_steps, steps, 1e-3)
+    curves = {"without": pretrain("without", base, "lora", 0, steps, 5e-4), "with": first + then[1:]}
     plot(curves, work / "curves.png")
     for name, points in curves.items():
         print(f"{name} the vocabulary step: " + ", ".join(f"{bits:.2f} at {tokens // 1000}k" for tokens, bits in points))

@@ -231,7 +231,7 @@ def test_stop_stops_the_model_and_leaves_what_was_said(tabs, site):
     tab = tabs()
     site.pause = 0.05
     tab.ask("讲个故事")
-    tab.page.locator(".message.bot:visible").wait_for()
+    tab.page.locator(".message.bot:visible .prose").wait_for()  # not the dots that stand there before the first token
     tab.button(STOP).click()
     tab.button(SEND).wait_for()
     assert site.idle() and len(site.passes) < 70
