@@ -20,7 +20,9 @@ for name in $ONLY; do
     sft) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
     vocab) more=(--data_dir "$DATA_DIR") ;;
     surgery) more=(--sizes 1.6 --repeats "$REPEATS") ;;
-    web) more=(--repeats "$REPEATS") ;;
+    web)  # compiled for some minutes; without it its row is left out
+      python -m pip install --quiet llama-cpp-python==0.3.36 || echo "llama.cpp could not be built" >&2
+      more=(--repeats "$REPEATS") ;;
     gptq)  # it asks for another torch than ours
       python -m venv "$OUT/peer"
       "$OUT/peer/bin/pip" install --quiet torch==2.14.1 gptqmodel==7.7
