@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure against its peer, one after the other, and one table of them all. Two hours on two CPU threads, 20 GB of disk.
+# Every figure against its peer, one after the other, and one table of them all. An hour and a half on two CPU threads, 20 GB of disk.
 #   DATA_DIR=../shared/data bash benchmarks/run.sh             # all
 #   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, web, memory
 set -euo pipefail

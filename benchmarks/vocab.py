@@ -90,7 +90,8 @@ def main(
     peer = next(iter(PUBLIC))
     for kind in [*lines, "all held out"]:
         print(f"| {kind} | {' | '.join(f'{column[kind]:.2f}' for column in columns.values())} |")
-        add(f"extend_vocab.py, {num_pieces:,} pieces, {kind}", "times fewer tokens", [columns[f"LLaMA + {num_pieces:,}"][kind]], peer, [columns[peer][kind]])
+        if kind.startswith(("FLORES", "all")):
+            add(f"extend_vocab.py, {num_pieces:,} pieces, {kind}", "times fewer tokens", [columns[f"LLaMA + {num_pieces:,}"][kind]], peer, [columns[peer][kind]])
     print("", *notes, sep="\n")
 
 

@@ -116,9 +116,10 @@ def main(
                 speeds[name] += [max_new_tokens / (time.perf_counter() - started)] * (turn > 0)  # the first turn warms up
         base = statistics.median(speeds["model.generate"])
         for name, values in speeds.items():
-            if name != "model.generate":
-                add(f"{name}, {count} threads", "tokens/s", values, "model.generate", speeds["model.generate"])
             print(f"| {count} | {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {statistics.median(values) / base:.3f} |", flush=True)
+        for name, peer in (("generate.py", "model.generate"), ("the page", "model.generate"), ("generate.py", "llama.cpp, Q4_1")):
+            if peer in speeds:
+                add(f"{name}, CPU threads: {count}", "tokens/s", speeds[name], peer, speeds[peer])
     print(f"\nfrom the model's first token to the client's first character: median {1000 * statistics.median(delays):.0f} ms, longest {1000 * max(delays):.0f} ms")
 
     # ---- many requests ----
