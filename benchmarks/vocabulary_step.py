@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import cli
+from utils import BadInput, cli
 
 KINDS = {"novel": ("三国演义.txt", "西游记.txt", "水浒传.txt"), "law": ("中国法律_core.txt",), "recipe": ("做菜HowToCook.txt",)}
 
@@ -41,6 +41,9 @@ def main(
         max_length: Tokens of a step.
         eval_steps: Steps between evaluations.
     """
+    for name in (name for names in KINDS.values() for name in names):
+        if not Path(data_dir, "text", name).is_file():
+            raise BadInput(f"--data_dir={data_dir} has no text/{name}: this benchmark needs the data beside the project")
     work = Path(work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     write_data(Path(data_dir, "text"), work)
