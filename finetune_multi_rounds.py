@@ -24,9 +24,9 @@ import sys
 from types import MethodType
 from typing import Literal
 
-from chat import Chat, hold_out, summarize, tokenize_records
 from memory import announce_memory
-from utils import check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, resume_point, run_facts, show, write_facts
+from utils import (Chat, check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, hold_out, resume_point, run_facts, show,
+                   summarize, tokenize_records, write_facts)
 
 
 def main(

@@ -20,10 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from chat import Chat
-from records import prompt_messages, read_rows
 from terminal import chat_in_terminal
-from utils import BadInput, check_adapter, check_file, check_model, check_positive, cli
+from utils import BadInput, Chat, check_adapter, check_file, check_model, check_positive, cli, prompt_messages, read_rows
 from web import check_page, name_choices, serve_page
 
 

@@ -15,9 +15,7 @@ import json
 import sys
 from collections import Counter
 
-from chat import IGNORE_INDEX, Chat, summarize, tokenize_records
-from records import read_records
-from utils import BadInput, check_file, cli
+from utils import IGNORE_INDEX, BadInput, Chat, check_file, cli, read_records, summarize, tokenize_records
 
 
 def main(

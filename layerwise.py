@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
-from chat import Chat
 from models import AutoConfig, AutoModelForCausalLM, first_line, load_tokenizer
-from records import read_records
 from tensors import EMBEDDINGS, HEADS, Weights
-from utils import BadInput, RunStopped
+from utils import BadInput, Chat, RunStopped, read_records
 
 
 def hollow_model(weights: Weights, trust_remote_code: bool = False, vocab_size: int | None = None, attention: str | None = None):

@@ -12,9 +12,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no other
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from chat import Chat
 from gptq import dequantized_state, gptq_config, has_gptqmodel
-from utils import BadInput, fingerprint
+from utils import BadInput, Chat, fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -26,11 +26,9 @@ import sys
 from types import MethodType
 from typing import Literal
 
-from chat import Chat, hold_out, summarize, tokenize_documents
 from memory import announce_memory
-from records import document_files
-from utils import (BadInput, check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, resume_point, run_facts,
-                   show, write_facts)
+from utils import (BadInput, Chat, check_file, check_model, check_output_dir, check_positive, cli, document_files, file_hash, fingerprint, hold_out,
+                   resume_point, run_facts, show, summarize, tokenize_documents, write_facts)
 
 
 def main(

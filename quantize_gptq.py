@@ -168,8 +168,8 @@ def choose_examples(tokenizer, template: str, calibration_path: str, eval_path: 
     """Examples to calibrate on, calibration_size * max_length tokens of them, and a quarter as many others to evaluate on, 16 * max_length at most."""
     import numpy
 
-    from chat import Chat, hold_out, tokenize_documents, tokenize_records
-    from records import holds_text
+    from utils import Chat, hold_out, tokenize_documents, tokenize_records
+    from utils import holds_text
 
     def read(path: str):
         if holds_text(path):

@@ -2,8 +2,7 @@
 import json
 import sys
 
-from chat import Chat
-from utils import BadInput
+from utils import BadInput, Chat
 
 
 def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> None:

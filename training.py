@@ -32,8 +32,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from chat import IGNORE_INDEX, Chat, Examples, fill, pack
-from utils import BadInput, RunStopped, check_file
+from utils import IGNORE_INDEX, BadInput, Chat, Examples, RunStopped, check_file, fill, pack
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
 

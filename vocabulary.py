@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from records import read_rows, read_text
-from utils import BadInput
+from utils import BadInput, read_rows, read_text
 
 # Radicals, punctuation, kana, Han characters; compatibility and full-width forms; the rare characters of planes 2 and 3
 CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")

@@ -15,8 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-from records import read_records
-from utils import BadInput
+from utils import BadInput, read_records
 
 BASE = "底座 base"
 SLIDERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")

@@ -114,7 +114,7 @@ def measure(shapes: dict, changes: dict) -> int:
     from torch.profiler import ProfilerActivity, profile
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from chat import Examples
+    from utils import Examples
     from models import DTYPES, freeze, freeze_all_but_embeddings, load_model, table_names
     from training import Blocks, SupervisedTrainer, make_arguments, speed_up_lora, supervised_forward
 

@@ -18,9 +18,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import add
-from chat import Chat, tokenize_records
-from records import numbered_records
-from utils import cli
+from utils import Chat, cli, numbered_records, tokenize_records
 
 ROWS = {  # name: file, max_length, records, LoRA or all weights
     "LoRA, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 40, True),

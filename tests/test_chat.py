@@ -5,8 +5,7 @@ import random
 import pytest
 from test_records import write
 
-from chat import IGNORE_INDEX, TEMPLATES, Chat, hold_out, pack, tokenize_records
-from utils import BadInput
+from utils import IGNORE_INDEX, TEMPLATES, BadInput, Chat, hold_out, pack, tokenize_records
 
 NAMES = [name for name in TEMPLATES if name != "plain"]
 DIALOGUES = {
@@ -241,7 +240,7 @@ def test_max_length_below_the_frame_of_the_template_is_refused(tmp_path, tokeniz
 def test_tokenized_data_is_reused_only_when_nothing_changed(tmp_path, bytelevel_folder, monkeypatch):
     from transformers import AutoTokenizer
 
-    import chat as module
+    import utils as module
 
     made = []
     monkeypatch.setattr(module, "whole_folder", lambda folder, real=module.whole_folder: (made.append(folder), real(folder))[1])

@@ -12,9 +12,8 @@ from test_stages import same, weights
 
 import generate
 import pretrain_clm
-from chat import IGNORE_INDEX, Chat, fill, tokenize_documents
 from training import Blocks, count_characters
-from utils import BadInput
+from utils import IGNORE_INDEX, BadInput, Chat, fill, tokenize_documents
 
 CORPUS = str(ROOT / "sample" / "corpus.txt")
 QUICK = dict(max_length=64, gradient_accumulation_steps=2, learning_rate=1e-3, gradient_checkpointing=False)

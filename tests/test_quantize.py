@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM
 import generate
 import gptq
 import quantize_gptq
-from chat import cut_dialogue
 from models import load_model
-from records import read_records
-from utils import BadInput
+from utils import BadInput, cut_dialogue, read_records
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
 CONVERSATIONS = str(ROOT / "sample" / "conversation.json")

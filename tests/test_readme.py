@@ -10,8 +10,7 @@ import pytest
 from conftest import ROOT
 from test_consistency import SCRIPTS
 
-from records import numbered_records
-from utils import BadInput, cli
+from utils import BadInput, cli, numbered_records
 
 READMES = ["README.md", "README_EN.md"]
 ELSEWHERE = {  # commands that are run, but not here

@@ -6,8 +6,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from records import clean_text, numbered_records, prompt_messages, read_records
-from utils import BadInput
+from utils import BadInput, clean_text, numbered_records, prompt_messages, read_records
 
 DIALOGUE = [("user", "你好"), ("assistant", "你好！"), ("user", "再见"), ("assistant", "再见！")]
 

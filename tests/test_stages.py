@@ -20,8 +20,7 @@ import finetune_lora
 import generate
 import terminal
 import inspect_labels
-from chat import Chat, tokenize_records
-from utils import BadInput, RunStopped
+from utils import BadInput, Chat, RunStopped, tokenize_records
 
 DATA = str(ROOT / "sample" / "conversation.json")
 QUICK = dict(template="chatml", max_length=256, gradient_accumulation_steps=1, num_train_epochs=1, learning_rate=1e-2, gradient_checkpointing=False)

@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import training
-from chat import IGNORE_INDEX, Examples
 from training import Blocks, BlockSampler, choose_attention, collate, supervised_forward
-from utils import BadInput
+from utils import IGNORE_INDEX, BadInput, Examples
 
 CONFIG = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 

@@ -12,8 +12,7 @@ import finetune_lora
 import generate
 import web
 from models import load_choices
-from records import read_records
-from utils import BadInput
+from utils import BadInput, read_records
 
 DATA = str(ROOT / "sample" / "conversation.json")
 GREEDY = dict(max_new_tokens=80, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
