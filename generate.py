@@ -121,6 +121,7 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
 
 # ---- one answer ----
 def prompt_ids(chat: Chat, messages: list[dict]) -> list[int]:
+    """What the model reads before it answers."""
     return [i for ids, _ in chat.encode(messages, add_generation_prompt=True) for i in ids]
 
 
@@ -171,9 +172,9 @@ def text_of(chat: Chat, token_ids):
         held += piece
         if piece and before:
             held, before = held.removeprefix(before), ""
-        keep = next((n for n in range(len(behind), 0, -1) if held.endswith(behind[:n])), 0)  # it may be the end
-        yield held[: len(held) - keep]  # may be nothing, so that who reads can stop at any token
-        held = held[len(held) - keep:]
+        ready = len(held.rstrip())  # what is behind may be the template's
+        yield held[:ready]  # may be nothing, so that who reads can stop at any token
+        held = held[ready:]
     yield held.removesuffix(behind)
 
 
@@ -285,12 +286,11 @@ def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], outpu
 
 # ---- a person ----
 def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> None:
-    """A conversation with history, until the end of the input (Ctrl-D)."""
+    """/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the
+    conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends."""
     import readline  # noqa: F401  (lets input() edit Chinese characters)
 
-    usage = "[/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the\n" \
-            "conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends]"
-    print(usage, file=sys.stderr)
+    print(chat_in_terminal.__doc__, file=sys.stderr)
     system, messages = start, []
     while True:
         try:
@@ -310,7 +310,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
                     file.write(json.dumps({"messages": system + messages}, ensure_ascii=False) + "\n")
                 print(f"[saved to {argument}]", file=sys.stderr)
             elif command in ("/save", "/help", "/exit", "/quit"):
-                print(usage, file=sys.stderr)
+                print(chat_in_terminal.__doc__, file=sys.stderr)
             elif text:
                 asked = fit(model, chat, [*system, *messages, {"role": "user", "content": text}], settings["max_new_tokens"])
                 messages += [asked[-1], {"role": "assistant", "content": ""}]
@@ -402,8 +402,8 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
     if not file.is_file():  # old Chinese-Vicuna checkpoints
         pickles = [folder / name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()]
         if not pickles or not allow_pickle:
-            raise BadInput(f"{lora_path} holds no adapter_model.safetensors" + (f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if "
-                           f"you trust it, --allow_pickle True converts it" if pickles else ""))
+            but = f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if you trust it, --allow_pickle True converts it" if pickles else ""
+            raise BadInput(f"{lora_path} holds no adapter_model.safetensors{but}")
         weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
         save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
         print(f"converted {pickles[0]} to {file}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """generate.py: loading what is there and refusing what is not, answers to one, to many and to a person."""
 import json
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from test_records import write
 
 import finetune_lora
 import generate
-from utils import BadInput
+from utils import TEMPLATES, BadInput, Chat
 
 DATA = str(ROOT / "sample" / "conversation.json")
 QUICK = dict(template="chatml", max_length=256, gradient_accumulation_steps=1, num_train_epochs=1, learning_rate=1e-2, gradient_checkpointing=False)
@@ -30,6 +33,48 @@ def weights(folder):
 
 
 # ---- loading ----
+def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(model_folder, folder)
+    file, data = folder / "model.safetensors", (model_folder / "model.safetensors").read_bytes()
+    for size in (100, len(data) // 2):
+        file.write_bytes(data[:size])
+        with pytest.raises(BadInput, match="could not be loaded"):
+            generate.load(str(folder))
+    save_file({name: tensor for name, tensor in weights(model_folder).items() if "layers.1" not in name}, file, {"format": "pt"})
+    with pytest.raises(BadInput, match="lacks 9 of its weights"):
+        generate.load(str(folder))
+    torch.save(weights(model_folder), folder / "pytorch_model.bin")
+    file.unlink()
+    asked = [sys.executable, "generate.py", "--model_name_or_path", str(folder), "--prompt", "你好", "--max_new_tokens", "3"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "pickle" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    done = subprocess.run([*asked, "--allow_pickle", "True"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p is above 0"), ({"max_new_tokens": 0}, "above zero"),
+    ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "bf16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
+    ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist")], ids=str)
+def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reason):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BadInput, match=reason) as refusal:
+        generate.main(model_name_or_path=str(model_folder), **flags)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fewer_bits_answer_nearly_alike(model_folder, bits):
+    whole, chat = generate.load(str(model_folder))
+    small, _ = generate.load(str(model_folder), bits=bits)
+    ids = torch.tensor([generate.prompt_ids(chat, [{"role": "user", "content": "你好"}])])
+    a, b = whole(ids).logits.flatten(), small(ids).logits.flatten()
+    assert not torch.equal(a, b) and torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+
+
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, bytelevel_folder, model_folder):
     from transformers import AutoTokenizer
 
@@ -75,6 +120,18 @@ def test_a_streamed_answer_is_whole_characters_without_control_tokens_and_stops(
     model, chat, _ = talker
     pieces = list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 100}))
     assert "".join(pieces) == "我是小驼🐪，你好龘！" and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_shown_is_what_was_trained(tokenizer, template):
+    chat = Chat(tokenizer, template)
+    for answer in ("你好🐪龘", "好\n\n", "    缩进\n  a b\n", "a", "\n", " a\n \n"):
+        answer = answer.strip() if template == "ziya" else answer
+        (ids, trained) = chat.encode([{"role": "user", "content": "问"}, {"role": "assistant", "content": answer}])[1]
+        pieces = list(generate.text_of(chat, ids))
+        assert trained and "".join(pieces) == answer, (answer, ids)
+    halves = chat.tokenizer("龘", add_special_tokens=False).input_ids[:-1]
+    assert "\ufffd" not in "".join(generate.text_of(chat, halves))
 
 
 def test_batched_answers_are_those_of_one_at_a_time(talker):
