@@ -90,7 +90,7 @@ def main(
     # ---- load ----
     import torch
 
-    model, chat = load(model_name_or_path, *adapters or [None], template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
+    model, chat = load_model(model_name_or_path, *adapters or [None], template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
     torch.manual_seed(seed)
 
     # ---- answer ----
@@ -322,11 +322,11 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
         except KeyboardInterrupt:
             print(" [stopped]")
         except (BadInput, OSError, RuntimeError) as problem:  # a wrong path or too little memory does not lose the conversation
-            print(f"[{first_line(problem)}]", file=sys.stderr)
+            print(f"[{problem}]", file=sys.stderr)
 
 
 # ---- loading ----
-def load(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
+def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
     """(model, Chat), ready to generate."""
     chat = load_chat(model_name_or_path, lora_path, template, trust_remote_code)
     model = load_base(model_name_or_path, len(chat.tokenizer), bits, precision, trust_remote_code, allow_pickle)
@@ -338,56 +338,56 @@ def load_chat(model_name_or_path: str, lora_path: str | None, template: str, tru
     from transformers import AutoTokenizer
 
     folder = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
-    try:
-        return Chat(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), template)
-    except (OSError, ValueError, ImportError) as problem:
-        raise problem if isinstance(problem, BadInput) else BadInput(f"no tokenizer could be loaded from {folder}: {first_line(problem)}") from None
+    return Chat(load(AutoTokenizer, folder, trust_remote_code=trust_remote_code), template)
 
 
 def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, trust_remote_code: bool, allow_pickle: bool):
-    """A causal language model with every weight from its files: as they are, in LLM.int8 (arXiv:2208.07339), or in NF4 with double quantization
-    (QLoRA, arXiv:2305.14314). A GPTQ folder has bits of its own, and is made 16 bit again without gptqmodel. Its embedding has `tokens` rows at least.
+    """The base: as it is, in LLM.int8 (arXiv:2208.07339), or in NF4 with double quantization (QLoRA, arXiv:2305.14314); with `tokens` rows at least.
+
+    A GPTQ folder has bits of its own, and is made 16 bit again where gptqmodel is not installed.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    kind, name, given, gptq = AutoModelForCausalLM, model_name_or_path, {}, gptq_config(model_name_or_path)
-    cuda = torch.cuda.is_available()
+    cuda, gptq = torch.cuda.is_available(), gptq_config(model_name_or_path)
     if precision == "auto":  # where bf16 is only emulated, fp16 is faster
         precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     if precision != "fp32" and not cuda:
         raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if gptq and bits < 16:
         raise BadInput(f"--bits={bits}: {model_name_or_path} is quantized already, to {gptq['bits']} bits by GPTQ: leave --bits at 16")
+    dtype, kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], AutoModelForCausalLM
+    given = dict(dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True)
     if bits < 16:
         given["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4",
                                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    try:
-        if gptq and not has_gptqmodel():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            del config.quantization_config
-            with torch.device("meta"):
-                kind, name = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)), None
-            given = dict(config=config, state_dict=dequantized_state(model_name_or_path, gptq, dtype))
-        model, loaded = kind.from_pretrained(
-            name, dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True, output_loading_info=True, **given)
-    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{model_name_or_path} could not be loaded: {first_line(problem)}") from problem
-    if missing := sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"]):
-        raise BadInput(f"{model_name_or_path} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    if gptq and not has_gptqmodel():
+        config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+        del config.quantization_config
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        given |= dict(config=config, state_dict=dequantized_state(model_name_or_path, gptq, dtype))
+    model = load(kind, None if "state_dict" in given else model_name_or_path, output_loading_info=True, **given)
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokens > rows:  # each new row is the mean of the old: a random one is farther from all others than they are from one another
+    if tokens > rows:  # of a template: each is the mean of the old rows, since a random one is farther from them than they are from one another
         model.resize_token_embeddings(tokens, mean_resizing=False)
         with torch.no_grad():
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                layer.weight[rows:] = layer.weight[:rows].float().mean(dim=0).to(layer.weight)
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight[rows:] = table.weight[:rows].float().mean(dim=0).to(table.weight)
     return model
 
 
-def first_line(problem: BaseException) -> str:
-    return str(problem).strip().split("\n")[0][:300]
+def load(auto_class, name: str, **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
 
 
 # ==== adapter ====
@@ -418,7 +418,7 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
     except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors its own
-        raise BadInput(f"{lora_path} does not fit {model_name_or_path}, was it trained on another base? {first_line(problem)}") from None
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}, was it trained on another base? {str(problem).strip().splitlines()[0][:300]}") from None
     if missing := set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)) - given:
         raise BadInput(f"{lora_path} lacks {len(missing)} tensors, {min(missing)} for one")
     return model

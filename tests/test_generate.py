@@ -42,10 +42,10 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
     for size in (100, len(data) // 2):
         file.write_bytes(data[:size])
         with pytest.raises(BadInput, match="could not be loaded"):
-            generate.load(str(folder))
+            generate.load_model(str(folder))
     save_file({name: tensor for name, tensor in weights(model_folder).items() if "layers.1" not in name}, file, {"format": "pt"})
     with pytest.raises(BadInput, match="lacks 9 of its weights"):
-        generate.load(str(folder))
+        generate.load_model(str(folder))
     torch.save(weights(model_folder), folder / "pytorch_model.bin")
     file.unlink()
     asked = [sys.executable, "generate.py", "--model_name_or_path", str(folder), "--prompt", "你好", "--max_new_tokens", "3"]
@@ -68,8 +68,8 @@ def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reas
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_fewer_bits_answer_nearly_alike(model_folder, bits):
-    whole, chat = generate.load(str(model_folder))
-    small, _ = generate.load(str(model_folder), bits=bits)
+    whole, chat = generate.load_model(str(model_folder))
+    small, _ = generate.load_model(str(model_folder), bits=bits)
     ids = torch.tensor([generate.prompt_ids(chat, [{"role": "user", "content": "你好"}])])
     a, b = whole(ids).logits.flatten(), small(ids).logits.flatten()
     assert not torch.equal(a, b) and torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
@@ -80,16 +80,16 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, bytelevel_fold
 
     tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
     with pytest.raises(BadInput, match="another base"):
-        generate.load(str(make_model(tmp_path / "other", tokenizer, initializer_range=0.3)), adapter)
+        generate.load_model(str(make_model(tmp_path / "other", tokenizer, initializer_range=0.3)), adapter)
     Path(adapter, "yangtuo.json").unlink()
     with pytest.raises(BadInput, match="does not fit"):
-        generate.load(str(make_model(tmp_path / "wider", tokenizer, hidden_size=32)), adapter)
+        generate.load_model(str(make_model(tmp_path / "wider", tokenizer, hidden_size=32)), adapter)
     from safetensors.torch import save_file
 
     file = Path(adapter, "adapter_model.safetensors")
     save_file({name: tensor for name, tensor in weights(adapter).items() if "layers.1.mlp.up_proj.lora_B" not in name}, file)
     with pytest.raises(BadInput, match="lacks 1 tensors"):
-        generate.load(str(model_folder), adapter)
+        generate.load_model(str(model_folder), adapter)
 
 
 def test_old_pickled_adapters_load_when_allowed_and_are_converted(adapter, model_folder):
@@ -97,8 +97,8 @@ def test_old_pickled_adapters_load_when_allowed_and_are_converted(adapter, model
     torch.save(saved, adapter / "pytorch_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(BadInput, match="pickle"):
-        generate.load(str(model_folder), str(adapter))
-    generate.load(str(model_folder), str(adapter), allow_pickle=True)
+        generate.load_model(str(model_folder), str(adapter))
+    generate.load_model(str(model_folder), str(adapter), allow_pickle=True)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in weights(adapter).items()) and len(weights(adapter)) == len(saved)
 
 
@@ -113,7 +113,7 @@ def talker(model_folder, tmp_path_factory):
     rows = [{"instruction": "你是谁？", "output": "我是小驼🐪，你好龘！"}, {"instruction": "再见", "output": "再见！"}]
     flags = QUICK | dict(num_train_epochs=60, packing=False, learning_rate=2e-2, lora_dropout=0.0, max_length=128)
     finetune_lora.main(model_name_or_path=str(model_folder), data_path=write(out.parent, *rows), output_dir=str(out), lora_r=16, lora_alpha=32, **flags)
-    return *generate.load(str(model_folder), str(out)), out
+    return *generate.load_model(str(model_folder), str(out)), out
 
 
 def test_a_streamed_answer_is_whole_characters_without_control_tokens_and_stops(talker):

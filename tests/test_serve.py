@@ -73,7 +73,7 @@ def server(model_folder, wrapper, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(server):
     """(ids of the prompt, answer) of generate.py for the same conversation."""
-    model, chat = generate.load(str(server.folder))
+    model, chat = generate.load_model(str(server.folder))
     ids = [i for piece, _ in chat.encode(TALK, add_generation_prompt=True) for i in piece]
     return ids, generate.answer_batch(model, chat, [TALK], **SETTINGS)[0]
 
@@ -117,7 +117,7 @@ def test_the_python_of_the_readme_is_answered(server, capsys):
     exec(compile(block, "README.md", "exec"), {})
     first, second = server.prompts
     server.prompts.clear()
-    model, chat = generate.load(str(server.folder))
+    model, chat = generate.load_model(str(server.folder))
     assert first == second == [i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], add_generation_prompt=True) for i in piece]
     assert capsys.readouterr().out.strip()
 

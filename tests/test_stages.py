@@ -51,8 +51,8 @@ def same(a, b, within=0.0):
 def test_a_saved_adapter_changes_the_answers_of_its_base(tune, model_folder):
     report = tune(num_train_epochs=3)
     assert report.keys() == {"tokens", "supervised_tokens", "seconds", "tokens_per_second", "train_loss", "eval_loss", "peak_memory_bytes", "output_dir"}
-    base, chat = generate.load(str(model_folder), template="chatml")
-    tuned, tuned_chat = generate.load(str(model_folder), report["output_dir"])
+    base, chat = generate.load_model(str(model_folder), template="chatml")
+    tuned, tuned_chat = generate.load_model(str(model_folder), report["output_dir"])
     ids = torch.tensor([[i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], True) for i in piece]])
     assert (base(ids).logits - tuned(ids).logits).abs().max() > 0.1
     assert tuned_chat.jinja == chat.jinja and tuned_chat.stop_ids == chat.stop_ids
@@ -63,7 +63,7 @@ def test_a_saved_adapter_changes_the_answers_of_its_base(tune, model_folder):
 
 def test_tuning_learns_and_counts_its_tokens(tune, model_folder):
     report = tune(num_train_epochs=6, eval_path=DATA, eval_steps=5, save_steps=5)
-    chat = Chat(generate.load(str(model_folder))[1].tokenizer, "chatml")
+    chat = Chat(generate.load_model(str(model_folder))[1].tokenizer, "chatml")
     _, counts = tokenize_records(DATA, chat, 256)
     history = json.loads(sorted(Path(report["output_dir"]).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1].joinpath("trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -86,7 +86,7 @@ def test_eight_blocks_at_once_train_as_one_block_eight_times(tune, tmp_path):
                                    {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "bits": 4}, {"gradient_checkpointing": True, "bits": 8}, {"neftune_noise_alpha": 5.0}, {"report_to": "tensorboard"}], ids=str)
 def test_every_way_to_tune_gives_an_adapter_that_loads(tune, model_folder, flags):
     report = tune(**flags)
-    model, chat = generate.load(str(model_folder), report["output_dir"], bits=flags.get("bits", 16))
+    model, chat = generate.load_model(str(model_folder), report["output_dir"], bits=flags.get("bits", 16))
     assert isinstance("".join(generate.stream(model, chat, [{"role": "user", "content": "你好"}], max_new_tokens=5, temperature=0, top_p=1, top_k=0, repetition_penalty=1.0)), str)
     names = {name.split(".")[-3] for name in weights(report["output_dir"]) if "lora_A" in name}
     assert names == ({"q_proj", "v_proj"} if "lora_target_modules" in flags else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -113,7 +113,7 @@ def test_new_control_tokens_start_as_the_mean_and_are_saved_without_the_rest_of_
     assert not any(tensor.shape[0] > 500 and "embed" in name for name, tensor in saved.items())
     trained = [tensor for name, tensor in saved.items() if "trainable_tokens" in name]
     assert len(trained) == (1 if tied else 2) and all(tensor.shape == (4, 64) for tensor in trained)
-    tuned, tuned_chat = generate.load(str(folder), report["output_dir"])
+    tuned, tuned_chat = generate.load_model(str(folder), report["output_dir"])
     assert tuned_chat.stop_ids[-1] == tuned_chat.tokenizer.convert_tokens_to_ids("<|End|>")
     row = tuned.get_input_embeddings()(torch.tensor([tuned_chat.stop_ids[-1]]))
     assert (row - old.mean(0)).abs().max() > 1e-3  # it was trained
@@ -136,7 +136,7 @@ def test_other_families_are_tuned_too(tmp_path, tune, bytelevel_folder, family):
 
 def test_a_checkpoint_answers_with_the_template_it_is_trained_with(tune, model_folder):
     out = Path(tune(template="ziya", save_steps=1, max_steps=2)["output_dir"])
-    assert generate.load(str(model_folder), str(out / "checkpoint-1"))[1].jinja == generate.load(str(model_folder), str(out))[1].jinja
+    assert generate.load_model(str(model_folder), str(out / "checkpoint-1"))[1].jinja == generate.load_model(str(model_folder), str(out))[1].jinja
     assert not list(out.rglob("training_args.bin"))
 
 
@@ -307,7 +307,7 @@ def test_the_dump_is_what_is_trained_in_file_order(model_folder, tmp_path, capsy
     flags = dict(model_name_or_path=str(model_folder), data_path=DATA, template="alpaca", max_length=128)
     inspect_labels.main(**flags, record=5, dump=str(tmp_path / "dump.jsonl"), html=str(tmp_path / "record.html"))
     dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
-    chat = Chat(generate.load(str(model_folder))[1].tokenizer, "alpaca")
+    chat = Chat(generate.load_model(str(model_folder))[1].tokenizer, "alpaca")
     assert dumped == list(tokenize_records(DATA, chat, 128)) and [d["record"] for d in dumped] == sorted(d["record"] for d in dumped)
     out = capsys.readouterr().out
     assert "«听到这个消息我也替你可惜。" in out and "10 records" in out and "█" in out

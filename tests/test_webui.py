@@ -181,7 +181,7 @@ def test_a_password_is_asked_for(site):
 def test_every_choice_answers_as_if_it_were_loaded_alone(site, model_folder, adapters):
     assert len({alone(site, name, "你好") for name in site.choices}) == 3
     for name, folder in (adapters | {webui.BASE: None}).items():
-        model, chat = generate.load(str(model_folder), folder)
+        model, chat = generate.load_model(str(model_folder), folder)
         ids = torch.tensor([site.prompt(name, "你好", "嗯", "再见")])
         with torch.inference_mode(), webui.adapted(site.model, site.choices[name][1]):
             logits = site.model(input_ids=ids).logits
