@@ -22,6 +22,7 @@ import os
 import pprint
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -850,3 +851,185 @@ def fingerprint(model_name_or_path: str) -> str | None:
                 stream.seek(8 + size + begin)
                 digest.update(f"{name}{tensor['dtype']}{tensor['shape']}".encode() + stream.read(min(4096, end - begin)))
     return digest.hexdigest() if files else None
+
+
+# ---- training: what needs no torch ----
+def can_pack(config, max_length: int) -> bool:
+    """Whether documents can be kept apart in one row of a model with this configuration (of transformers).
+
+    Not where a sliding window is shorter than max_length or layers are of another kind; BadInput where the logits are
+    changed behind the head, which our loss would leave out.
+    """
+    if changed := [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1, 1.0)]:
+        raise BadInput(f"models of the kind {config.model_type} change their logits ({changed[0]}), which the loss here would leave out")
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "attn_logit_softcapping", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return (window or max_length) >= max_length and not (others and not window)
+
+
+def read_examples(flags: dict, chat: Chat):
+    """(examples, counts, numbers of those to train on, of those to evaluate on): of data_path, and of eval_path behind them."""
+    from datasets import concatenate_datasets
+
+    reading = {name: flags[name] for name in ("max_length", "skip_bad_records", "unescape_newlines", "document_separator") if name in flags}
+    read = tokenize_documents if "document_separator" in flags else tokenize_records
+    examples, counts = read(flags["data_path"], chat, **reading)
+    train_on, evaluate_on = hold_out(examples, flags["eval_size"], flags["seed"])
+    if flags["eval_path"]:
+        examples = concatenate_datasets([examples, read(flags["eval_path"], chat, **reading)[0]])
+        evaluate_on = range(len(train_on), len(examples))
+    return examples, counts, train_on, evaluate_on
+
+
+def run_facts(flags: dict, **found) -> dict:
+    """What a run must have in common with the one it goes on from: its data and base, the flags that make the weights, and what was found."""
+    may_change = {"output_dir", "resume", "num_train_epochs", "early_stopping_patience", "training_arguments", "trust_remote_code", "allow_pickle",
+                  "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    hashed = {name: [file_hash(file) for file in document_files(flags[name])] for name in ("data_path", "eval_path") if flags[name]}
+    blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
+    return {name: value for name, value in flags.items() if name not in may_change} | hashed | found | {
+        "blocks_per_rank_and_step": blocks, "base": flags["model_name_or_path"], "base_fingerprint": fingerprint(flags["model_name_or_path"])}
+
+
+def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuffle: bool, multiple_of: int) -> list[list[int]]:
+    """The chosen examples by block of max_length tokens, and empty blocks up to a multiple of the global batch.
+
+    Without those, accelerate would train some blocks twice to make the ranks even; with them batch, accumulation and ranks
+    can be traded for one another. Where the order of the data is kept, a block ends where the next example does not fit.
+    """
+    chosen, blocks, room = list(map(int, chosen)), [], 0
+    if packing and shuffle:
+        blocks = [[chosen[i] for i in block] for block in pack([lengths[e] for e in chosen], max_length)]
+    else:
+        for e in chosen:
+            if lengths[e] > room or not packing:
+                blocks.append([])
+                room = max_length
+            blocks[-1].append(e)
+            room -= lengths[e]
+    return blocks + [[] for _ in range(-len(blocks) % multiple_of)]
+
+
+def describe(blocks: list[list[int]], lengths: list[int], args) -> str:
+    """What one step trains on; `args` are transformers' TrainingArguments."""
+    batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    steps = len(blocks) // (batch * accumulation * ranks)
+    tokens = sum(lengths[e] for block in blocks for e in block)
+    return (f"global batch = {batch} blocks x {accumulation} accumulation x {ranks} ranks = {batch * accumulation * ranks} blocks, about "
+            f"{sum(map(len, blocks)) / steps:.0f} examples and {tokens / steps:,.0f} tokens; {steps} steps an epoch")
+
+
+def check_run(flags: dict) -> dict:
+    """What can be refused before torch is imported; then the flags are shown. Returns what transformers.TrainingArguments takes."""
+    given, evaluates = dict(flags["training_arguments"]), bool(flags["eval_path"] or flags["eval_size"])
+    for flag in ("data_path", "eval_path"):
+        if "document_separator" not in flags or not os.path.isdir(flags[flag] or ""):  # documents may be a folder of files
+            check_file(flag, flags[flag])
+    check_model(flags["model_name_or_path"], flags["allow_pickle"])
+    check_output_dir(flags["output_dir"], flags["resume"])
+    check_positive(**{name: flags[name] for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r") if name in flags})
+    ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
+            "train_sampling_strategy": "shuffle"} | dict.fromkeys(("auto_find_batch_size", "label_smoothing_factor", "use_liger_kernel", "torch_compile",
+                                                                   "remove_unused_columns", "do_train"))
+    for name in given.keys() & ours:
+        raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss and the batches are our own"))
+    if flags["eval_path"] and flags["eval_size"]:
+        raise BadInput("--eval_path and --eval_size are two ways to say what to evaluate on: give one")
+    for name, value in (("eval_strategy", given.get("eval_strategy", "no")), ("early_stopping_patience", flags["early_stopping_patience"])):
+        if value not in ("no", 0) and not evaluates:
+            raise BadInput(f"--{name}={value} needs something to evaluate on: add --eval_path or --eval_size")
+    trackers = str(given.get("report_to") or "none").split(",")
+    for tracker in set(trackers) - {"none", "all"}:
+        if importlib.util.find_spec(tracker) is None:
+            raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
+    if "deepspeed" in given:
+        check_deepspeed(given["deepspeed"])
+    show(flags)
+    settings = {name: flags[name] for name in ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                                               "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")}
+    settings |= {"logging_steps": 10, "logging_first_step": True, "save_steps": 200, "save_total_limit": 2, "eval_strategy": "steps" if evaluates else "no",
+                 "eval_steps": given.get("save_steps", 200), "per_device_eval_batch_size": flags["per_device_train_batch_size"],
+                 "ddp_find_unused_parameters": False, "remove_unused_columns": False, "logging_nan_inf_filter": False,
+                 "train_sampling_strategy": "random" if flags["shuffle"] else "sequential"}
+    if flags["early_stopping_patience"]:
+        settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
+    if flags["gradient_checkpointing"]:
+        settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    return settings | given | {"report_to": trackers}
+
+
+def check_deepspeed(path: str) -> None:
+    """BadInput if a DeepSpeed file would overrule the flags in silence, or cannot be read."""
+    check_file("deepspeed", path)
+    if "LOCAL_RANK" not in os.environ:
+        raise BadInput("--deepspeed needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
+    try:
+        sections = json.loads(Path(path).read_text("utf-8"))
+    except json.JSONDecodeError as problem:
+        raise BadInput(f"--deepspeed={path}, line {problem.lineno}: not JSON ({problem.msg})") from None
+    for section in {"optimizer", "scheduler"} & sections.keys():
+        raise BadInput(f"--deepspeed={path} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, --lr_scheduler_type, "
+                       f"--warmup_steps): remove it, the flags say it all")
+
+
+def check_disk(output_dir, needed: float) -> None:
+    """BadInput if the disk of output_dir has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(next(folder for folder in (Path(output_dir), *Path(output_dir).resolve().parents) if folder.exists())).free
+    if free < needed:
+        raise BadInput(f"--output_dir={output_dir} has {free / 1e9:.1f} GB free, checkpoints and result need {needed / 1e9:.1f} GB: free some space, "
+                       f"or lower --save_total_limit")
+
+
+def explain(problem: BaseException, args, step: int) -> RunStopped | None:
+    """What to do about a lack of memory or a lost machine, in the order of what costs least, or after Ctrl-C; None for anything else."""
+    if isinstance(problem, KeyboardInterrupt):
+        return RunStopped(f"stopped in step {step}; the last checkpoint in {args.output_dir} stays: go on with --resume True", status=130)
+    said, batch = str(problem).split("\n")[0][:150], args.per_device_train_batch_size
+    if "out of memory" in said or "can't allocate memory" in said:
+        remedies = [f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {args.gradient_accumulation_steps * 2}"] * (batch > 1)
+        remedies += ["--gradient_checkpointing True"] * (not args.activation_checkpointing)
+        remedies += ["a smaller --max_length", "--optim adamw_8bit", "with several GPUs --deepspeed ds_configs/zero3.json, with much RAM "
+                     "ds_configs/zero3_offload.json"] * (not args.deepspeed) + ["finetune_lora.py, with --bits 4 at the last"]
+        return RunStopped(f"out of memory in step {step} ({said}). What to change, cheapest first: {'; '.join(remedies)}")
+    if args.world_size > 1 and re.search("timed out|connection (closed|reset)|broken pipe|peer", str(problem), re.IGNORECASE):
+        return RunStopped(f"another rank has died or cannot be reached ({said}): look at its messages, then start all of them again with --resume True; "
+                          f"--ddp_timeout sets how many seconds to wait ({args.ddp_timeout} now)")
+
+
+def check_ranks(args, facts: dict) -> None:
+    """BadInput if another rank trains on something else."""
+    import torch
+
+    everyone = [facts] * args.world_size
+    if args.world_size > 1:
+        torch.distributed.all_gather_object(everyone, facts)
+    for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
+        raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
+
+
+def prompt_messages(row: dict) -> list[dict]:
+    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
+    messages = clean_messages(row_turns(row, Counter()), False, Counter())
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] == "system":
+        raise BadInput("it asks nothing")
+    return messages
+
+
+
+
+def holds_text(path: str) -> bool:
+    """Whether a file or folder holds documents, rather than instructions or dialogues."""
+    if os.path.isdir(path) or path.endswith(".txt"):
+        return True
+    row = next(iter(read_rows(path, Counter())), None)
+    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
+        try:
+            turns_of(row, Counter())
+            return turns_of is document_turns
+        except BadInput:
+            pass
+    return False  # neither: reading it says what is wrong
