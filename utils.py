@@ -49,55 +49,49 @@ class RunStopped(RuntimeError):
 
 
 # ---- templates ----
-class Template(typing.NamedTuple):
-    """How a conversation is written: a Jinja chat template, whose {% generation %} blocks are what is trained."""
-
-    jinja: str
-    special_tokens: tuple[str, ...] = ()
-
-
 def _by_round(head: str, user: str, answer: str, behind: str = "''") -> str:
-    """The template that writes head, and for each round user, answer, behind: Jinja expressions. `system` is the system text."""
+    """A chat template of Jinja expressions: head, in which `system` is the system text, then for each round user, answer, behind."""
     return ("{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content, messages[1:] %}{% endif %}{{ " + head + " }}"
             "{% for message in messages %}{% if message.role == 'user' %}{{ " + user + " }}{% elif message.role == 'assistant' %}"
             "{% generation %}{{ " + answer + " }}{% endgeneration %}{{ " + behind + " }}"
             "{% else %}{{ raise_exception('this template has no place for the role ' ~ message.role) }}{% endif %}{% endfor %}")
 
 
+# How a conversation is written: {name: Jinja chat template}. What stands in {% generation %} is trained; <|...|> are special tokens
 TEMPLATES = {
-    "alpaca": Template(_by_round(  # tatsu-lab/stanford_alpaca, with a line break after "### Response:" and many rounds
+    "alpaca": _by_round(  # tatsu-lab/stanford_alpaca, with a line break after "### Response:" and many rounds
         head="bos_token ~ (system or 'Below is an instruction that describes a task' ~ (', paired with an input that provides further context' "
              "if messages[0].input else '') ~ '. Write a response that appropriately completes the request.')",
         user="'\\n\\n### Instruction:\\n' ~ (message.content[:-(message.input | length) - 1] ~ '\\n\\n### Input:\\n' ~ message.input "
              "if message.input and loop.first else message.content) ~ '\\n\\n### Response:\\n'",
-        answer="message.content ~ eos_token")),
-    "vicuna_chat": Template(_by_round(  # Facico/Chinese-Vicuna, chat
+        answer="message.content ~ eos_token"),
+    "vicuna_chat": _by_round(  # Facico/Chinese-Vicuna, chat
         head="bos_token ~ (system or 'The following is a conversation between an AI assistant called Assistant and a human user called User. "
              "The assistant is intelligent, knowledgeable and polite to answer questions of user.') ~ '\\n\\n'",
-        user="'User:' ~ message.content ~ '\\n\\nAssistant:'", answer="message.content ~ eos_token", behind="'\\n\\n'")),
-    "yayi": Template(_by_round(  # wenge-research/YaYi
+        user="'User:' ~ message.content ~ '\\n\\nAssistant:'", answer="message.content ~ eos_token", behind="'\\n\\n'"),
+    "yayi": _by_round(  # wenge-research/YaYi
         head="'<|System|>:\\n' ~ (system or 'A chat between a human and an AI assistant named YaYi.\\n"
              "YaYi is a helpful and harmless language model developed by Beijing Wenge Technology Co.,Ltd.') ~ '\\n\\n'",
         user="'<|Human|>:\\n' ~ message.content ~ '\\n\\n<|YaYi|>:\\n'",
-        answer="message.content ~ '\\n\\n<|End|>'"), special_tokens=("<|System|>", "<|Human|>", "<|YaYi|>", "<|End|>")),
-    "chatml": Template(
+        answer="message.content ~ '\\n\\n<|End|>'"),
+    "chatml":
         "{% for message in messages if message.content or message.role != 'system' %}"
         "{{ '<|im_start|>' ~ ('function' if message.role == 'tool' else message.role) ~ '\\n' }}"
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content ~ '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message.content ~ '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}", special_tokens=("<|im_start|>", "<|im_end|>")),
-    "ziya": Template(_by_round(  # IDEA-CCNL/Ziya-LLaMA
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "ziya": _by_round(  # IDEA-CCNL/Ziya-LLaMA
         head="bos_token ~ (system ~ '\\n' if system else '')", user="'<human>:' ~ message.content.strip() ~ '\\n<bot>:'",
-        answer="message.content.strip() ~ eos_token")),
-    "llama2_chinese": Template(_by_round(  # LlamaFamily/Llama-Chinese; the blank before an answer belongs to it, as in llama2
+        answer="message.content.strip() ~ eos_token"),
+    "llama2_chinese": _by_round(  # LlamaFamily/Llama-Chinese; the blank before an answer belongs to it, as in llama2
         head="bos_token ~ 'System: ' ~ system ~ '\\n' ~ eos_token if system else ''",
         user="bos_token ~ 'Human: ' ~ message.content ~ '\\n' ~ eos_token ~ bos_token ~ 'Assistant:'",
-        answer="' ' ~ message.content ~ '\\n' ~ eos_token")),
-    "llama2": Template(_by_round(  # meta-llama/llama
+        answer="' ' ~ message.content ~ '\\n' ~ eos_token"),
+    "llama2": _by_round(  # meta-llama/llama
         head="''", user="bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' if system and loop.first else '') "
                         "~ message.content ~ ' [/INST]'",
-        answer="' ' ~ message.content ~ ' ' ~ eos_token")),
-    "plain": Template(_by_round(head="system or ''", user="message.content", answer="message.content ~ eos_token")),  # the text itself, for a base model
+        answer="' ' ~ message.content ~ ' ' ~ eos_token"),
+    "plain": _by_round(head="system or ''", user="message.content", answer="message.content ~ eos_token"),  # the text itself, for a base model
 }
 SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 _ANCHOR = "\U000f1000"  # private use: a control token that no text spells, to tokenize what follows a control token
@@ -112,12 +106,10 @@ class Chat:
     """
 
     def __init__(self, tokenizer, template: str = "auto", last_round_only: bool = False):
-        """Add the template's special tokens to `tokenizer` (`new_tokens` are those it lacked) and set its chat template.
+        """Give `tokenizer` the chat template and its special tokens (`new_tokens` are those it lacked).
 
-        Args:
-            tokenizer: A fast tokenizer of transformers.
-            template: A name of TEMPLATES, or auto: the tokenizer's own chat template, else llama2_chinese.
-            last_round_only: Train the last answer alone, for templates that rewrite earlier ones.
+        `template` is a name of TEMPLATES, or auto: the tokenizer's own chat template, else llama2_chinese.
+        With last_round_only the last answer alone is trained, for templates that rewrite earlier ones.
         """
         from tokenizers import Tokenizer
 
@@ -131,10 +123,11 @@ class Chat:
         self.tokenizer, self.name, self.template, self.last_round_only = tokenizer, tokenizer.name_or_path, template, last_round_only
         self.new_tokens = []
         if template != "auto":
-            self.new_tokens = [token for token in TEMPLATES[template].special_tokens if token not in tokenizer.get_vocab()]
-            tokenizer.add_tokens(list(TEMPLATES[template].special_tokens), special_tokens=True)
+            special_tokens = list(dict.fromkeys(re.findall(r"<\|\w+\|>", TEMPLATES[template])))
+            self.new_tokens = [token for token in special_tokens if token not in tokenizer.get_vocab()]
+            tokenizer.add_tokens(special_tokens, special_tokens=True)
             begins = template == "plain" and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # a LLaMA begins every text with it
-            tokenizer.chat_template = "{{ bos_token }}" * begins + TEMPLATES[template].jinja
+            tokenizer.chat_template = "{{ bos_token }}" * begins + TEMPLATES[template]
         self.jinja, self.special_tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
         self.control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_pattern = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
@@ -369,27 +362,18 @@ def tokenize_documents(path: str, chat: Chat, max_length: int, skip_bad_records:
     from datasets import concatenate_datasets
 
     parts = [tokenize_records(file, chat, max_length, skip_bad_records, False, document_separator) for file in document_files(path)]
-    records = [record_numbers(examples) for examples, _ in parts]
+    records = [examples.with_format("numpy")["record"][:] for examples, _ in parts]
     before = numpy.cumsum([0] + [numbers[-1] + 1 for numbers in records])
     examples = concatenate_datasets([examples.remove_columns("record") for examples, _ in parts])
     examples = examples.add_column("record", numpy.concatenate([numbers + first for numbers, first in zip(records, before)]))
     return examples, sum((counts for _, counts in parts), Counter())
 
 
-def record_numbers(examples):
-    """The column `record` of a Dataset, an array of int64."""
-    return examples.with_format("numpy")["record"][:]
-
-
 def hold_out(examples, eval_size: float, seed: int):
-    """Numbers of the examples to train on and of those to evaluate on; all examples of one record go to one side.
-
-    Args:
-        eval_size: Records to hold out: a number, or a share below 1.
-    """
+    """Numbers of the examples to train on and of those to evaluate on, eval_size records (a number, or a share below 1) as a whole."""
     import numpy
 
-    of_example = record_numbers(examples)
+    of_example = examples.with_format("numpy")["record"][:]
     records = numpy.unique(of_example)
     count = round(eval_size * len(records)) if 0 < eval_size < 1 else int(eval_size)
     if eval_size and not count:
@@ -452,11 +436,9 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
     The schema is told from the keys of each record (sample/README.md shows them all). The user turn of an alpaca record
     with an `input` holds "instruction\\ninput", and the input once more as "input", for templates that set it apart.
 
-    Args:
-        skip_bad_records: Drop bad records and print how many, why, and the first three; else BadInput names the first.
-        unescape_newlines: Turn a literal backslash and n into a line break.
-        notes: Counts here what was odd but can be trained on (joined turns, empty answers, unknown columns, ...).
-        document_separator: Read documents for pretraining: line or blank_line is what parts them in a .txt file.
+    Bad records are dropped, with a word on how many and why, or BadInput names the first. `notes` counts what is odd but can
+    be trained on (joined turns, empty answers, unknown columns, ...). A document_separator, line or blank_line (what parts
+    them in a .txt file), says that these are documents for pretraining.
     """
     notes, bad, number = Counter() if notes is None else notes, [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
@@ -473,10 +455,10 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
             notes["bad record (dropped)"] += 1
             if not skip_bad_records:
                 raise BadInput(f"{bad[0]}. See sample/README.md, or drop bad records with --skip_bad_records True") from None
-    if number < 0:
-        raise BadInput(f"{path} is empty: it should hold records, see sample/README.md")
     if bad:
         print(f"dropped {len(bad)} bad records of {number + 1}:", *bad[:3], sep="\n  ", file=sys.stderr)
+    if len(bad) == number + 1:
+        raise BadInput(f"{path} " + ("holds nothing to train on: all its records were dropped" if bad else "is empty: it should hold records"))
 
 
 def read_rows(path: str, notes: Counter, document_separator: str | None = None):
@@ -643,9 +625,8 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
 def cli(main) -> None:
     """fire.Fire(main), except that main starts only once the whole command line is understood.
 
-    fire calls the function first and reports unknown flags afterwards (google/python-fire#168), and it guesses types:
-    "a, b" becomes a tuple, false a true string. Here it hands over every flag as text, which is looked up and converted
-    by main's annotations. Exit status: 2 for bad input, 130 after Ctrl-C.
+    fire calls the function first and reports unknown flags afterwards (google/python-fire#168), and it guesses types: "a, b"
+    becomes a tuple. Here it hands over text, which main's annotations convert. Exit status: 2 for bad input, 130 after Ctrl-C.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 2 to 5 times on a shared machine
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up 4 bit on a CPU
