@@ -1,12 +1,14 @@
 """What must not differ between the scripts: prompt text, label mask, windows and packing; data formats; the command line.
 
-In the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask), windows,
-examples and packing; then records, what a row of a file becomes; then the command line and what is checked before anything
-expensive. Nothing here imports torch, transformers or datasets at its head, so that a mistyped flag is refused before the
+It stands in the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask),
+windows, examples and packing; then records, what a row of a file becomes; then the command line and what is checked before
+anything expensive. Nothing here imports torch, transformers or datasets at its head: a mistyped flag is refused before the
 seconds that those take.
 """
 import ast
+import bisect
 import contextlib
+import copy
 import csv
 import difflib
 import functools
@@ -31,6 +33,8 @@ from pathlib import Path
 
 import fire
 
+IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss skips these positions
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one line that says what, where and how to mend it."""
@@ -44,71 +48,54 @@ class RunStopped(RuntimeError):
         self.status = status
 
 
-IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss skips these positions
-
-
 # ---- templates ----
-class Template(typing.NamedTuple):
-    """How a conversation is written: a Jinja chat template, whose {% generation %} blocks are what is trained."""
+def _by_round(head: str, user: str, answer: str, behind: str = "''") -> str:
+    """A chat template of Jinja expressions: head, in which `system` is the system text, then for each round user, answer, behind."""
+    return ("{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content, messages[1:] %}{% endif %}{{ " + head + " }}"
+            "{% for message in messages %}{% if message.role == 'user' %}{{ " + user + " }}{% elif message.role == 'assistant' %}"
+            "{% generation %}{{ " + answer + " }}{% endgeneration %}{{ " + behind + " }}"
+            "{% else %}{{ raise_exception('this template has no place for the role ' ~ message.role) }}{% endif %}{% endfor %}")
 
-    jinja: str
-    stop: str | None = None  # the token that ends an answer; None: the tokenizer's eos
-    special_tokens: tuple[str, ...] = ()
 
-
-_BEGIN = "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content, messages[1:] %}{% endif %}"
-_OTHER_ROLE = "{% else %}{{ raise_exception('this template has no place for the role ' ~ message.role) }}{% endif %}{% endfor %}"
+# How a conversation is written: {name: Jinja chat template}. What stands in {% generation %} is trained; <|...|> are special tokens
 TEMPLATES = {
-    "alpaca": Template(  # tatsu-lab/stanford_alpaca, with a line break after "### Response:" and many rounds
-        _BEGIN + "{{ system or 'Below is an instruction that describes a task' ~ (', paired with an input that provides further "
-        "context' if messages[0].input else '') ~ '. Write a response that appropriately completes the request.' }}"
-        "{% for message in messages %}"
-        "{% if message.role == 'user' and message.input and loop.first %}"
-        "{{ '\\n\\n### Instruction:\\n' ~ message.content[:-(message.input | length) - 1] ~ '\\n\\n### Input:\\n' ~ message.input ~ '\\n\\n### Response:\\n' }}"
-        "{% elif message.role == 'user' %}{{ '\\n\\n### Instruction:\\n' ~ message.content ~ '\\n\\n### Response:\\n' }}"
-        "{% elif message.role == 'assistant' %}{% generation %}{{ message.content ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE),
-    "vicuna_chat": Template(  # Facico/Chinese-Vicuna, chat
-        _BEGIN + "{{ (system or 'The following is a conversation between an AI assistant called Assistant and a human user called "
-        "User. The assistant is intelligent, knowledgeable and polite to answer questions of user.') ~ '\\n\\n' }}"
-        "{% for message in messages %}"
-        "{% if message.role == 'user' %}{{ 'User:' ~ message.content ~ '\\n\\nAssistant:' }}"
-        "{% elif message.role == 'assistant' %}{% generation %}{{ message.content ~ eos_token }}{% endgeneration %}{{ '\\n\\n' }}" + _OTHER_ROLE),
-    "yayi": Template(  # wenge-research/YaYi
-        _BEGIN.removeprefix("{{ bos_token }}") + "{{ '<|System|>:\\n' ~ (system or 'A chat between a human and an AI assistant named "
-        "YaYi.\\nYaYi is a helpful and harmless language model developed by Beijing Wenge Technology Co.,Ltd.') ~ '\\n\\n' }}"
-        "{% for message in messages %}"
-        "{% if message.role == 'user' %}{{ '<|Human|>:\\n' ~ message.content ~ '\\n\\n<|YaYi|>:\\n' }}"
-        "{% elif message.role == 'assistant' %}{% generation %}{{ message.content ~ '\\n\\n<|End|>' }}{% endgeneration %}" + _OTHER_ROLE,
-        stop="<|End|>", special_tokens=("<|System|>", "<|Human|>", "<|YaYi|>", "<|End|>")),
-    "chatml": Template(
-        "{% for message in messages if message.content or message.role != 'system' %}{{ '<|im_start|>' ~ ('function' if message.role == 'tool' else message.role) ~ '\\n' }}"
+    "alpaca": _by_round(  # tatsu-lab/stanford_alpaca, with a line break after "### Response:" and many rounds
+        head="bos_token ~ (system or 'Below is an instruction that describes a task' ~ (', paired with an input that provides further context' "
+             "if messages[0].input else '') ~ '. Write a response that appropriately completes the request.')",
+        user="'\\n\\n### Instruction:\\n' ~ (message.content[:-(message.input | length) - 1] ~ '\\n\\n### Input:\\n' ~ message.input "
+             "if message.input and loop.first else message.content) ~ '\\n\\n### Response:\\n'",
+        answer="message.content ~ eos_token"),
+    "vicuna_chat": _by_round(  # Facico/Chinese-Vicuna, chat
+        head="bos_token ~ (system or 'The following is a conversation between an AI assistant called Assistant and a human user called User. "
+             "The assistant is intelligent, knowledgeable and polite to answer questions of user.') ~ '\\n\\n'",
+        user="'User:' ~ message.content ~ '\\n\\nAssistant:'", answer="message.content ~ eos_token", behind="'\\n\\n'"),
+    "yayi": _by_round(  # wenge-research/YaYi
+        head="'<|System|>:\\n' ~ (system or 'A chat between a human and an AI assistant named YaYi.\\n"
+             "YaYi is a helpful and harmless language model developed by Beijing Wenge Technology Co.,Ltd.') ~ '\\n\\n'",
+        user="'<|Human|>:\\n' ~ message.content ~ '\\n\\n<|YaYi|>:\\n'",
+        answer="message.content ~ '\\n\\n<|End|>'"),
+    "chatml":
+        "{% for message in messages if message.content or message.role != 'system' %}"
+        "{{ '<|im_start|>' ~ ('function' if message.role == 'tool' else message.role) ~ '\\n' }}"
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content ~ '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message.content ~ '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-        stop="<|im_end|>", special_tokens=("<|im_start|>", "<|im_end|>")),
-    "ziya": Template(  # IDEA-CCNL/Ziya-LLaMA
-        _BEGIN + "{{ system ~ '\\n' if system }}{% for message in messages %}"
-        "{% if message.role == 'user' %}{{ '<human>:' ~ message.content.strip() ~ '\\n<bot>:' }}"
-        "{% elif message.role == 'assistant' %}{% generation %}{{ message.content.strip() ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE),
-    "llama2_chinese": Template(  # LlamaFamily/Llama-Chinese; the blank before an answer is the answer's, as in llama2
-        "{% for message in messages if message.content or message.role != 'system' %}"
-        "{% if message.role in ('system', 'user') %}"
-        "{{ bos_token ~ ('Human' if message.role == 'user' else 'System') ~ ': ' ~ message.content ~ '\\n' ~ eos_token }}"
-        "{% elif message.role == 'assistant' %}{{ bos_token ~ 'Assistant:' }}"
-        "{% generation %}{{ ' ' ~ message.content ~ '\\n' ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE +
-        "{% if add_generation_prompt %}{{ bos_token ~ 'Assistant:' }}{% endif %}"),
-    "llama2": Template(  # meta-llama/llama
-        _BEGIN.removeprefix("{{ bos_token }}") + "{% for message in messages %}"
-        "{% if message.role == 'user' %}"
-        "{{ bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' if system and loop.first else '') ~ message.content ~ ' [/INST]' }}"
-        "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' ~ message.content ~ ' ' ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE),
-    "plain": Template(  # the text itself, for a base model
-        "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content ~ eos_token }}{% endgeneration %}"
-        "{% else %}{{ message.content }}{% endif %}{% endfor %}"),
+    "ziya": _by_round(  # IDEA-CCNL/Ziya-LLaMA
+        head="bos_token ~ (system ~ '\\n' if system else '')", user="'<human>:' ~ message.content.strip() ~ '\\n<bot>:'",
+        answer="message.content.strip() ~ eos_token"),
+    "llama2_chinese": _by_round(  # LlamaFamily/Llama-Chinese; the blank before an answer belongs to it, as in llama2
+        head="bos_token ~ 'System: ' ~ system ~ '\\n' ~ eos_token if system else ''",
+        user="bos_token ~ 'Human: ' ~ message.content ~ '\\n' ~ eos_token ~ bos_token ~ 'Assistant:'",
+        answer="' ' ~ message.content ~ '\\n' ~ eos_token"),
+    "llama2": _by_round(  # meta-llama/llama
+        head="''", user="bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' if system and loop.first else '') "
+                        "~ message.content ~ ' [/INST]'",
+        answer="' ' ~ message.content ~ ' ' ~ eos_token"),
+    "plain": _by_round(head="system or ''", user="message.content", answer="message.content ~ eos_token"),  # the text itself, for a base model
 }
+SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 _ANCHOR = "\U000f1000"  # private use: a control token that no text spells, to tokenize what follows a control token
 _SPLIT = "\U000f1001"  # put inside a control token that a text spells, so that the text stays text
-SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]  # dialogue
 
 
 class Chat:
@@ -119,38 +106,39 @@ class Chat:
     """
 
     def __init__(self, tokenizer, template: str = "auto", last_round_only: bool = False):
-        """Add the template's special tokens to `tokenizer` (`new_tokens` are those it lacked) and set its chat template.
+        """Give `tokenizer` the chat template and its special tokens (`new_tokens` are those it lacked).
 
-        Args:
-            tokenizer: A fast tokenizer of transformers.
-            template: A name of TEMPLATES, or auto: the tokenizer's own chat template, else llama2_chinese.
-            last_round_only: Train the last answer alone, for templates that rewrite earlier ones.
+        `template` is a name of TEMPLATES, or auto: the tokenizer's own chat template, else llama2_chinese.
+        With last_round_only the last answer alone is trained, for templates that rewrite earlier ones.
         """
-        name = tokenizer.name_or_path
+        from tokenizers import Tokenizer
+
         if template == "auto" and not tokenizer.chat_template:
             template = "llama2_chinese"
         if template not in ("auto", *TEMPLATES):
             near = difflib.get_close_matches(template, TEMPLATES, n=1)
             raise BadInput(f"--template={template} is none of auto, {', '.join(TEMPLATES)}" + (f": did you mean {near[0]}?" if near else ""))
         if not tokenizer.is_fast or not tokenizer.eos_token:
-            raise BadInput(f"the tokenizer in {name} lacks {'an eos_token' if tokenizer.is_fast else 'a fast version (tokenizer.json)'}")
-        self.tokenizer, self.template, self.last_round_only = tokenizer, template, last_round_only
+            raise BadInput(f"the tokenizer in {tokenizer.name_or_path} lacks {'an eos_token' if tokenizer.is_fast else 'a fast version (tokenizer.json)'}")
+        self.tokenizer, self.name, self.template, self.last_round_only = tokenizer, tokenizer.name_or_path, template, last_round_only
         self.new_tokens = []
         if template != "auto":
-            special_tokens = list(TEMPLATES[template].special_tokens)
+            special_tokens = list(dict.fromkeys(re.findall(r"<\|\w+\|>", TEMPLATES[template])))
             self.new_tokens = [token for token in special_tokens if token not in tokenizer.get_vocab()]
             tokenizer.add_tokens(special_tokens, special_tokens=True)
-            tokenizer.chat_template = TEMPLATES[template].jinja
-            if template == "plain" and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # a LLaMA begins every text with it
-                tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-        self.jinja = tokenizer.get_chat_template()
-        self.marked = re.search(r"{%-?\s*generation\b", self.jinja) is not None
+            begins = template == "plain" and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # a LLaMA begins every text with it
+            tokenizer.chat_template = "{{ bos_token }}" * begins + TEMPLATES[template]
+        self.jinja, self.special_tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
         self.control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_pattern = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
-        self.text_tokenizer = _text_tokenizer(tokenizer)
-        answer = self.encode(SHORTEST)[1][0]
-        self.stops = answer[-1] in self.control.values()
-        self.stop_ids = sorted({answer[-1] if self.stops else tokenizer.eos_token_id, tokenizer.eos_token_id})
+        # To tokenize text there is a copy that knows one control token, _ANCHOR: any other that a text spells is text
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        anchor = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) | {"id": len(tokenizer) + 1, "content": _ANCHOR, "special": True}
+        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]] + [anchor]
+        self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+        last = self.encode(SHORTEST)[1][0][-1]
+        self.stops = last in self.control.values()
+        self.stop_ids = sorted({last, tokenizer.eos_token_id} & {*self.control.values()})
         self.crossed = 0
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
@@ -170,60 +158,8 @@ class Chat:
             pieces.append((ids, trained))
         return pieces
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the character spans of its {% generation %} blocks."""
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        guard = functools.partial(self.control_pattern.sub, lambda match: match[0][0] + _SPLIT + match[0][1:])
-        guarded = [{key: text if key == "role" else guard(text) for key, text in message.items()} for message in messages
-                   if message["role"] != "system" or message["content"]]
-        try:
-            texts, spans = render_jinja_template([guarded], chat_template=self.jinja, return_assistant_tokens_mask=self.marked,
-                                                 add_generation_prompt=add_generation_prompt, **self.tokenizer.special_tokens_map)
-        except jinja2.TemplateError as problem:
-            raise BadInput(f"template {self.template}: {problem}") from None
-        return texts[0], spans[0] if spans else []
-
-    def _segments(self, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered text in pieces (text, is it trained), cut before each answer and behind its stop token."""
-        text, spans = self.render(messages, add_generation_prompt)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.last_round_only:
-            answers, spans = answers[-1:], spans[-1:]
-        if self.template == "auto":
-            try:
-                spans = self._spans_of_own_template(messages, text, spans, answers)
-            except BadInput:
-                if not add_generation_prompt:
-                    raise
-                spans = []  # a prompt may rewrite its history: it is not trained
-        segments, end = [], 0
-        for start, stop in spans:
-            # Some templates leave the stop token outside of the block, others have a line break behind it inside
-            stop = start + len(text[start:stop].rstrip()) if text[start:stop].rstrip().endswith(tuple(self.control)) else stop
-            behind = self.control_pattern.match(text, stop)
-            stop = behind.end() if behind and not text[start:stop].endswith(tuple(self.control)) else stop
-            segments += [(text[end:start], False), (text[start:stop], True)]
-            end = stop
-        return segments + [(text[end:], False)]
-
-    def _spans_of_own_template(self, messages, text, spans, answers) -> list[tuple[int, int]]:
-        """Character spans of the answers: the template's generation blocks, else what each answer adds to the text.
-
-        Either way the text before an answer must be the prompt that generation uses. Templates of thinking models drop
-        the reasoning of earlier rounds; those cannot be trained on every round of one text.
-        """
-        added = []
-        for i in answers:
-            prompt, until = self.render(messages[:i], True)[0], self.render(messages[: i + 1])[0]
-            if not text.startswith(prompt) or not text.startswith(until):
-                raise BadInput(f"the chat template of {self.tokenizer.name_or_path} rewrites earlier rounds, so their answers "
-                               f"cannot be trained in one text: add --last_round_only True, or choose a --template")
-            added.append((len(prompt), len(until)))
-        if len(spans) == len(added):
-            return [(max(start, prompt), stop) for (start, stop), (prompt, _) in zip(spans, added)]
-        return added
+    def _text_ids(self, text: str) -> list[int]:
+        return self.text_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _apart(self, text: str) -> list[int]:
         """Ids of a text that would merge with what precedes it: tokenized behind something that it does not merge with."""
@@ -232,21 +168,56 @@ class Chat:
             start, whole = self._text_ids(context), self._text_ids(context + text)
             if whole[: len(start)] == start:
                 return whole[len(start):]
-        raise BadInput(f"the tokenizer in {self.tokenizer.name_or_path} cannot tokenize {text[:20]!r} apart from what precedes it")
+        raise BadInput(f"the tokenizer in {self.name} cannot tokenize {text[:20]!r} apart from what precedes it")
 
-    def _text_ids(self, text: str) -> list[int]:
-        return self.text_tokenizer.encode(text, add_special_tokens=False).ids
+    def _segments(self, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
+        """The rendered text in pieces (text, is it trained), cut before each answer and behind its stop token."""
+        text, spans = self.render(messages, add_generation_prompt)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.last_round_only:
+            answers, spans = answers[-1:], spans[-1:]
+        if self.template == "auto":
+            spans = self._spans_of_own_template(messages, text, spans, answers, add_generation_prompt)
+        borders = [0, *itertools.chain.from_iterable(spans), len(text)]
+        return [(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(itertools.pairwise(borders))]
 
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation and the character spans of its {% generation %} blocks."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-def _text_tokenizer(tokenizer):
-    """`tokenizer` as a tokenizers.Tokenizer that knows one control token, _ANCHOR: any other that a text spells is text."""
-    from tokenizers import Tokenizer
+        guard = functools.partial(self.control_pattern.sub, lambda match: match[0][0] + _SPLIT + match[0][1:])
+        guarded = [{key: text if key == "role" else guard(text) for key, text in message.items()} for message in messages
+                   if message["content"] or message["role"] != "system"]
+        try:
+            texts, spans = render_jinja_template(
+                [guarded], chat_template=self.jinja, return_assistant_tokens_mask=re.search(r"{%-?\s*generation\b", self.jinja) is not None,
+                add_generation_prompt=add_generation_prompt, **self.special_tokens)
+        except jinja2.TemplateError as problem:
+            raise BadInput(f"template {self.template}: {problem}") from None
+        return texts[0], spans[0] if spans else []
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
-    state["added_tokens"].append({"id": len(tokenizer) + 1, "content": _ANCHOR, "special": True, "normalized": False,
-                                  "single_word": False, "lstrip": False, "rstrip": False})
-    return Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+    def _spans_of_own_template(self, messages, text, marked, answers, add_generation_prompt) -> list[tuple[int, int]]:
+        """Character spans of the answers: the template's generation blocks (`marked`), else what each answer adds to the text.
+
+        Either way the text before an answer must be the prompt that generation uses. Templates of thinking models drop
+        the reasoning of earlier rounds; those cannot be trained on every round of one text.
+        """
+        spans = []
+        for i, answer in enumerate(answers):
+            prompt, until = self.render(messages[:answer], True)[0], self.render(messages[: answer + 1])[0]
+            if not text.startswith(prompt) or not text.startswith(until):
+                if add_generation_prompt:
+                    return []  # a prompt may rewrite its history: it is not trained
+                raise BadInput(f"the chat template of {self.name} rewrites earlier rounds, so their answers cannot be trained in one text: "
+                               f"add --last_round_only True, or choose a --template")
+            start, stop = (max(marked[i][0], len(prompt)), marked[i][1]) if len(marked) == len(answers) else (len(prompt), len(until))
+            # Some templates have a line break behind the stop token inside of the block, others leave the token outside
+            trained = text[start:stop].rstrip()
+            behind = self.control_pattern.match(text, stop)
+            stop = start + len(trained) if trained.endswith(tuple(self.control)) else behind.end() if behind else stop
+            spans.append((start, stop))
+        return spans
 
 
 # ---- windows ----
@@ -258,10 +229,8 @@ def cut_dialogue(chat: Chat, messages: list[dict], max_length: int, counts: Coun
     to a quarter of the window and from its middle, and then the answer is cut, without a stop token.
     """
     pieces = chat.encode(messages)
-    counts["answers"] += sum(trained for _, trained in pieces)
-    counts["answer_tokens"] += sum(len(ids) for ids, trained in pieces if trained)
-    # what a template writes behind the last answer, a line break, may be cut off
-    fits = lambda pieces: sum(len(ids) for ids, _ in pieces[:-1]) <= max_length
+    counts.update(answers=sum(trained for _, trained in pieces), answer_tokens=sum(len(ids) for ids, trained in pieces if trained))
+    fits = lambda pieces: sum(len(ids) for ids, _ in pieces[:-1]) <= max_length  # what stands behind the last answer may be cut off
     if fits(pieces):
         yield _join(pieces, max_length)
         return
@@ -270,11 +239,11 @@ def cut_dialogue(chat: Chat, messages: list[dict], max_length: int, counts: Coun
         rounds[-1].append(message)
         if message["role"] == "assistant":
             rounds.append([])
-    encode = lambda first, last: chat.encode(system + [message for turn in rounds[first:last] for message in turn])
+    encode = lambda first, last: chat.encode(system + list(itertools.chain.from_iterable(rounds[first:last])))
     end = len(rounds) - 1  # behind the last answer nothing stands
     begin = end - 1 if chat.last_round_only else 0
     while begin < end:
-        first, last, pieces = begin, begin + 1, encode(begin, begin + 1)
+        first, last, pieces = begin, begin + 1, encode(begin, begin + 1) if end > 1 else pieces
         while last < end and fits(longer := encode(first, last + 1)):
             last, pieces = last + 1, longer
         while first > 0 and fits(longer := encode(first - 1, last)):
@@ -282,8 +251,7 @@ def cut_dialogue(chat: Chat, messages: list[dict], max_length: int, counts: Coun
         if not fits(pieces):
             (prompt, _), (answer, _), *_ = pieces
             room = min(len(prompt), max(max_length - len(answer), max_length // 4))
-            counts["prompts_cut"] += room < len(prompt)
-            counts["answers_cut"] += room + len(answer) > max_length
+            counts.update(prompts_cut=room < len(prompt), answers_cut=room + len(answer) > max_length)
             pieces = [(prompt[: room - room // 2] + prompt[len(prompt) - room // 2:], False), (answer[: max_length - room], True)]
         counts["windows"] += begin > 0
         yield _join(pieces, max_length, context=0 if chat.last_round_only else begin - first)
@@ -296,12 +264,11 @@ def cut_document(chat: Chat, messages: list[dict], max_length: int, counts: Coun
     The first token of an example is never a label, so a window begins with the last token of the one before.
     """
     ids, trained = _join(chat.encode(messages))
-    counts["answers"] += 1
-    counts["answer_tokens"] += sum(trained)
+    counts.update(answers=1, answer_tokens=sum(trained))
     for begin in range(0, max(1, len(ids) - 1), max_length - 1):
+        trained[begin] &= begin == 0
         counts["windows"] += begin > 0
-        window = trained[begin : begin + max_length]
-        yield ids[begin : begin + max_length], [answer and (place > 0 or begin == 0) for place, answer in enumerate(window)]
+        yield ids[begin : begin + max_length], trained[begin : begin + max_length]
 
 
 def _join(pieces: list, max_length: int | None = None, context: int = 0) -> tuple[list[int], list[bool]]:
@@ -317,125 +284,96 @@ def _join(pieces: list, max_length: int | None = None, context: int = 0) -> tupl
 # ---- examples ----
 def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, unescape_newlines: bool = False,
                      document_separator: str | None = None):
-    """(examples, counts) of a file, in file order, each of at most max_length tokens; from the cache where nothing changed.
+    """(examples, counts) of a file, in file order; from the cache where data, tokenizer, template, flags and our code are the same.
 
-    `examples` is a datasets.Dataset, mapped from the disk, so that a corpus may be larger than the memory. Its columns are
-    input_ids, labels (IGNORE_INDEX where nothing is trained), record (number of the record in the file) and length. The cache
-    is keyed by content: the bytes of data and tokenizer, the template, the flags above and our code.
-
-    Args:
-        document_separator: The file holds documents for pretraining; see numbered_records.
+    `examples` is a datasets.Dataset that stays on the disk, so a corpus may be larger than the memory. Its columns: input_ids
+    and labels (at most max_length; IGNORE_INDEX where nothing is trained), record (its number in the file), length.
+    `counts` is for summarize(). With a document_separator the file holds documents for pretraining; see numbered_records.
     """
     frame = sum(len(ids) for ids, _ in chat.encode(SHORTEST))
     if frame > max_length:
         raise BadInput(f"--max_length={max_length} is below the {frame} tokens of the shortest dialogue in template {chat.template}")
     if not chat.stops:
-        raise BadInput(f"the chat template of {chat.tokenizer.name_or_path} ends an answer with no special token, so a model tuned with it "
-                       f"would never stop: choose one with --template")
-    from datasets import Dataset, Features, List, Value
+        raise BadInput(f"the chat template of {chat.name} ends an answer with no special token, so a model tuned with it would never stop: "
+                       f"choose one with --template")
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
-    from filelock import FileLock
 
-    def read():
-        notes = Counter()
-        for number, record in numbered_records(data_path, skip_bad_records, unescape_newlines, notes, document_separator):
-            yield {"number": number, "record": json.dumps(record), "counts": json.dumps(notes)}
-            notes.clear()
-        yield {"number": -1, "record": "", "counts": json.dumps(notes)}  # what was noted behind the last record
+    how = chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator, chat.special_tokens
+    parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), chat.tokenizer.backend_tokenizer.to_str(), repr(how)
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]  # datasets adds to it, and takes 64 at most
+    folder, name = cache_folder() / "examples" / key, Path(data_path).name
+    while int(os.environ.get("LOCAL_RANK", 0)) and not folder.is_dir():  # the first rank of the machine makes it; torchrun ends us if it cannot
+        time.sleep(0.2)
+    if not folder.is_dir():
+        with whole_folder(folder) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as scratch:
+            counts, worker = Counter(), copy.copy(chat)
+            worker.tokenizer = None  # the other processes do without: it takes half a second to send
+            read = lambda: ({"number": number, "record": json.dumps(record)} for number, record in numbered_records(
+                data_path, skip_bad_records, unescape_newlines, counts, document_separator))
+            try:
+                records = Dataset.from_generator(read, Features(number=Value("int64"), record=Value("string")), cache_dir=scratch, fingerprint=key)
+            except DatasetGenerationError as problem:
+                raise problem.__cause__ from None
+            cut = cut_document if document_separator else cut_dialogue
+            processes = min(len(os.sched_getaffinity(0)), len(records) // 2000)
+            records.map(
+                functools.partial(_tokenize_batch, worker, cut, max_length, skip_bad_records, data_path, scratch),
+                batched=True, batch_size=250, num_proc=processes if processes > 1 else None, remove_columns=["number"], desc=f"tokenizing {name}",
+                features=Features(input_ids=List(Value("int32")), labels=List(Value("int32")), record=Value("int64"), length=Value("int32")),
+                cache_file_name=str(unfinished / "examples.arrow"), new_fingerprint=key)
+            for file in Path(scratch).glob("counts-*"):
+                counts = sum((Counter(json.loads(line)) for line in file.read_text("utf-8").splitlines()), counts)
+            if not counts["examples"]:
+                raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped")
+            (unfinished / "counts.json").write_text(json.dumps(counts), "utf-8")
+    examples = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
+    return examples, Counter(json.loads((folder / "counts.json").read_text("utf-8")))
 
-    flags = repr((chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator))
-    tokenizer = chat.tokenizer.backend_tokenizer.to_str() + repr(chat.tokenizer.special_tokens_map)
-    parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), tokenizer, flags
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]  # datasets adds to it and takes 64 at most
-    folder = cache_folder() / "examples" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):  # of several ranks one works, the others find it done
-        try:
-            records = Dataset.from_generator(read, Features(number=Value("int64"), record=Value("string"), counts=Value("string")),
-                                             cache_dir=str(folder), fingerprint=key)
-        except DatasetGenerationError as problem:
-            raise problem.__cause__ from None
-        workers = min(len(os.sched_getaffinity(0)), len(records) // 250)
-        examples = records.map(
-            functools.partial(_tokenize_batch, chat, cut_document if document_separator else cut_dialogue, max_length, skip_bad_records, data_path),
-            batched=True, batch_size=250, num_proc=workers if workers > 1 else None, remove_columns=["number"], new_fingerprint=key,
-            features=Features(input_ids=List(Value("int32")), labels=List(Value("int32")), record=Value("int64"), length=Value("int32"),
-                              counts=Value("string")), desc=f"tokenizing {Path(data_path).name}")
-    counts = sum((Counter(json.loads(text)) for text in examples["counts"] if text), Counter())
-    if not counts["examples"]:
-        raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped")
-    return examples.remove_columns("counts").select([e for e, length in enumerate(examples["length"]) if length]), counts
 
-
-def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, batch: dict) -> dict[str, list]:
-    """The examples of a batch of records, and an empty one behind them that holds what was counted on the way."""
-    examples, counts = [], sum((Counter(json.loads(text)) for text in batch["counts"]), Counter())
+def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, scratch: str, batch: dict) -> dict[str, list]:
+    """The examples of a batch of records; what was counted on the way goes into a file of this process in `scratch`."""
+    examples, counts = {"input_ids": [], "labels": [], "record": [], "length": []}, Counter()
     for number, record in zip(batch["number"], batch["record"]):
-        if not record:
-            continue
         try:
             found = list(cut(chat, json.loads(record)["messages"], max_length, counts))
         except BadInput as problem:  # the template has no place for a role
+            problem = f"{data_path}, record {number}: {problem}"
             if not skip_bad_records:
-                raise BadInput(f"{data_path}, record {number}: {problem}") from None
-            print(f"dropped {data_path}, record {number}: {problem}", file=sys.stderr)
+                raise BadInput(problem) from None
+            print(f"dropped {problem}", file=sys.stderr)
             counts["refused"] += 1
             continue
-        trainable = [(ids, trained) for ids, trained in found if any(trained)]
-        counts.update(records=1, examples=len(trainable), dropped=len(found) - len(trainable), tokens=sum(len(ids) for ids, _ in trainable),
-                      supervised_tokens=sum(sum(trained) for _, trained in trainable))
-        examples += [(ids, [i if answer else IGNORE_INDEX for i, answer in zip(ids, trained)], number, len(ids), "") for ids, trained in trainable]
-    return dict(zip(("input_ids", "labels", "record", "length", "counts"), map(list, zip(*examples, ([], [], -1, 0, json.dumps(counts))))))
+        kept = [(ids, trained) for ids, trained in found if any(trained)]
+        counts.update(records=1, dropped=len(found) - len(kept), examples=len(kept))
+        for ids, trained in kept:
+            counts.update(tokens=len(ids), supervised_tokens=sum(trained))
+            labels = [i if answer else IGNORE_INDEX for i, answer in zip(ids, trained)]
+            for column, value in zip(examples.values(), (ids, labels, number, len(ids))):
+                column.append(value)
+    with open(Path(scratch, f"counts-{os.getpid()}"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(counts) + "\n")
+    return examples
 
 
 def tokenize_documents(path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, document_separator: str = "line"):
-    """(examples, counts) of a file of documents, or of all files of a folder as one, with its records numbered on.
-
-    What is tokenized once is kept file by file.
-    """
+    """(examples, counts) of a file of documents, or of the files of a folder as one, each cached apart; records are numbered on."""
     import numpy
     from datasets import concatenate_datasets
 
     parts = [tokenize_records(file, chat, max_length, skip_bad_records, False, document_separator) for file in document_files(path)]
-    records = [numpy.asarray(examples.with_format("numpy")["record"][:]) for examples, _ in parts]
+    records = [examples.with_format("numpy")["record"][:] for examples, _ in parts]
     before = numpy.cumsum([0] + [numbers[-1] + 1 for numbers in records])
-    records = numpy.concatenate([numbers + first for numbers, first in zip(records, before)])
-    examples = concatenate_datasets([examples.remove_columns("record") for examples, _ in parts]).add_column("record", records)
+    examples = concatenate_datasets([examples.remove_columns("record") for examples, _ in parts])
+    examples = examples.add_column("record", numpy.concatenate([numbers + first for numbers, first in zip(records, before)]))
     return examples, sum((counts for _, counts in parts), Counter())
 
 
-def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Examples by block, whole and at most `capacity` tokens together: best-fit decreasing.
-
-    Each bit of `free` says that some open block has that much room, so the tightest fit is found by two operations on
-    one long integer, and a million examples take seconds.
-    """
-    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]
-    free, blocks = 0, []
-    for e in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
-        fitting = free >> lengths[e]
-        if fitting:
-            room = lengths[e] + (fitting & -fitting).bit_length() - 1
-            block = by_room[room].pop()
-            free ^= (not by_room[room]) << room
-        else:
-            room, block = capacity, []
-            blocks.append(block)
-        block.append(e)
-        by_room[room - lengths[e]].append(block)
-        free |= 1 << (room - lengths[e])
-    return blocks
-
-
 def hold_out(examples, eval_size: float, seed: int):
-    """Numbers of the examples to train on and of those to evaluate on; all examples of one record go to one side.
-
-    Args:
-        eval_size: Records to hold out: a number, or a share below 1.
-    """
+    """Numbers of the examples to train on and of those to evaluate on, eval_size records (a number, or a share below 1) as a whole."""
     import numpy
 
-    of_example = numpy.asarray(examples.with_format("numpy")["record"][:])
+    of_example = examples.with_format("numpy")["record"][:]
     records = numpy.unique(of_example)
     count = round(eval_size * len(records)) if 0 < eval_size < 1 else int(eval_size)
     if eval_size and not count:
@@ -444,6 +382,27 @@ def hold_out(examples, eval_size: float, seed: int):
         raise BadInput(f"--eval_size={eval_size} leaves nothing to train on: the data has {len(records)} records")
     held = numpy.isin(of_example, records[sorted(random.Random(seed).sample(range(len(records)), count))])
     return numpy.flatnonzero(~held), numpy.flatnonzero(held)
+
+
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Examples by block, whole and at most `capacity` tokens together: best-fit decreasing."""
+    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # the open blocks
+    rooms, blocks = [], []  # rooms that some open block has, sorted
+    for e in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
+        place = bisect.bisect_left(rooms, lengths[e])  # the tightest fit
+        if place == len(rooms):
+            room, block = capacity, []
+            blocks.append(block)
+        else:
+            room = rooms[place]
+            block = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[place]
+        block.append(e)
+        if not by_room[room - lengths[e]]:
+            bisect.insort(rooms, room - lengths[e])
+        by_room[room - lengths[e]].append(block)
+    return blocks
 
 
 def summarize(counts: Counter) -> str:
@@ -457,11 +416,12 @@ def summarize(counts: Counter) -> str:
 
 
 # ---- records ----
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "yayi": "assistant", "bot": "assistant", "function_call": "assistant",
-         "function": "tool", "observation": "tool", "tool": "tool"}
-# UTF-8 read as Latin-1 or cp1252: the three bytes of a Chinese character become a letter of ä-é and two odd signs.
+ROLES = {"system": "system"} | dict.fromkeys(("human", "user"), "user") | dict.fromkeys(("function", "observation", "tool"), "tool") | dict.fromkeys(
+    ("gpt", "assistant", "yayi", "bot", "function_call"), "assistant")
+# UTF-8 read as Latin-1 or cp1252: the three bytes of a Chinese character become a letter of ä-é and two odd signs
 LATIN_MOJIBAKE = re.compile("(?:[ä-é][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–-›€™]{2}){2}")
+# UTF-8 read as GBK turns 你好 into 浣犲ソ: a run of Chinese whose GBK bytes are whole UTF-8 of Chinese
+UTF8_CHINESE = re.compile(rb"(?:[\xe3-\xe9][\x80-\xbf]{2}|\xef[\xbc-\xbf][\x80-\xbf])+")
 
 
 def read_records(path: str, *, skip_bad_records: bool = False, unescape_newlines: bool = False, notes: Counter | None = None):
@@ -476,33 +436,29 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
     The schema is told from the keys of each record (sample/README.md shows them all). The user turn of an alpaca record
     with an `input` holds "instruction\\ninput", and the input once more as "input", for templates that set it apart.
 
-    Args:
-        skip_bad_records: Drop bad records and print how many, why, and the first three; else BadInput names the first.
-        unescape_newlines: Turn a literal backslash and n into a line break.
-        notes: Counts here what was odd but can be trained on (joined turns, empty answers, unknown columns, ...).
-        document_separator: Read documents for pretraining: line or blank_line is what parts them in a .txt file.
+    Bad records are dropped, with a word on how many and why, or BadInput names the first. `notes` counts what is odd but can
+    be trained on (joined turns, empty answers, unknown columns, ...). A document_separator, line or blank_line (what parts
+    them in a .txt file), says that these are documents for pretraining.
     """
-    notes = Counter() if notes is None else notes
-    turns_of = document_turns if document_separator else row_turns
-    bad, number = [], -1
+    notes, bad, number = Counter() if notes is None else notes, [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
         try:
-            messages = clean_messages(turns_of(row, notes), unescape_newlines, notes)
+            turns = (document_turns if document_separator else row_turns)(row, notes)
+            messages = clean_messages(turns, unescape_newlines, notes)
             while messages and messages[-1]["role"] != "assistant":
                 notes[f"trailing {messages.pop()['role']} turn (dropped)"] += 1
             if not messages:
                 raise BadInput("it has no answer to train on")
             yield number, {"messages": messages}
         except BadInput as problem:
-            problem = f"{path}, record {number}: {problem}"
-            if not skip_bad_records:
-                raise BadInput(f"{problem}. See sample/README.md, or drop bad records with --skip_bad_records True") from None
-            bad.append(problem)
+            bad.append(f"{path}, record {number}: {problem}")
             notes["bad record (dropped)"] += 1
-    if number < 0:
-        raise BadInput(f"{path} is empty: it should hold records, see sample/README.md")
+            if not skip_bad_records:
+                raise BadInput(f"{bad[0]}. See sample/README.md, or drop bad records with --skip_bad_records True") from None
     if bad:
         print(f"dropped {len(bad)} bad records of {number + 1}:", *bad[:3], sep="\n  ", file=sys.stderr)
+    if len(bad) == number + 1:
+        raise BadInput(f"{path} " + ("holds nothing to train on: all its records were dropped" if bad else "is empty: it should hold records"))
 
 
 def read_rows(path: str, notes: Counter, document_separator: str | None = None):
@@ -549,10 +505,10 @@ def read_lines(path: str, notes: Counter):
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as problem:
-                if "\ufffd" in data.decode("gb18030", "replace"):
-                    raise BadInput(f"{path}, line {number}: its byte {problem.start} is not UTF-8") from None
-                raise BadInput(f"{path}, line {number}: this is not UTF-8 but looks like GBK: mend it with "
-                               f"iconv -f GB18030 -t UTF-8 {path} > new_file") from None
+                what = f"its byte {problem.start} is not UTF-8"
+                if "\ufffd" not in data.decode("gb18030", "replace"):
+                    what = f"this is not UTF-8 but looks like GBK: mend it with iconv -f GB18030 -t UTF-8 {path} > new_file"
+                raise BadInput(f"{path}, line {number}: {what}") from None
             notes["byte order mark (dropped)"] += number == 1 and line.startswith("\ufeff")
             yield line.removeprefix("\ufeff") if number == 1 else line
 
@@ -596,7 +552,7 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
         for turn in row[name]:
             if not isinstance(turn, dict) or turn.get(role) is None or turn.get(text) is None:
                 raise BadInput(f"a turn of {name!r} lacks {role!r} or {text!r}: {str(turn)[:60]}")
-            if turn[role] not in ROLES:
+            if str(turn[role]) not in ROLES:
                 raise BadInput(f"unknown role {turn[role]!r}; known are {', '.join(ROLES)}")
             turns.append((ROLES[turn[role]], turn[text]))
     elif isinstance(row.get("input"), list) or isinstance(row.get("prompt"), list):  # Chinese-Vicuna chat, Ziya
@@ -616,10 +572,9 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
         known = ("input", "target")
         turns += [("user", row["input"]), ("assistant", row["target"])]
     elif str(row.get("text", "")).lstrip().startswith("<s>"):  # Llama2-Chinese, one column
-        known = ("text",)
-        end = 0
+        known, end = ("text",), 0
         while match := re.compile(r"\s*<s>(Human|Assistant|System): (.*?)\n?</s>", re.S).match(row["text"], end):
-            turns.append(({"Human": "user"}.get(match[1], match[1].lower()), match[2]))
+            turns.append((ROLES[match[1].lower()], match[2]))
             end = match.end()
         if row["text"][end:].strip():
             raise BadInput(f"'text' breaks the pattern <s>Human: ...\\n</s><s>Assistant: ...\\n</s> at {row['text'][end:end + 30]!r}")
@@ -634,7 +589,10 @@ def clean_messages(turns: list[tuple], unescape_newlines: bool, notes: Counter) 
     messages: list[dict] = []
     for role, *texts in turns:
         texts = [clean_text(text, role, unescape_newlines, notes) for text in texts]
+        if role == "system" and not texts[0]:  # an empty system text is none
+            continue
         message = {"role": role, "content": "\n".join(texts)} | ({"input": texts[1]} if len(texts) == 2 else {})
+        notes["empty answer"] += role == "assistant" and not texts[0].strip()
         if role == "system" and messages:
             raise BadInput("a system text that does not stand first")
         if role == "assistant" and not any(m["role"] != "system" for m in messages):
@@ -642,9 +600,8 @@ def clean_messages(turns: list[tuple], unescape_newlines: bool, notes: Counter) 
         elif messages and messages[-1]["role"] == role != "tool":
             notes[f"two {role} turns in a row (joined)"] += 1
             messages[-1] = {"role": role, "content": messages[-1]["content"] + "\n" + message["content"]}
-        elif role != "system" or texts[0]:  # an empty system text is none
+        else:
             messages.append(message)
-        notes["empty answer"] += role == "assistant" and not texts[0].strip()
     return messages
 
 
@@ -652,7 +609,9 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
     """Check one text; BadInput if it is not a string or is mojibake, notes for what is only odd."""
     if not isinstance(text, str):
         raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
-    if LATIN_MOJIBAKE.search(text) or "锟斤拷" in text or gbk_mojibake(text):
+    runs = [run.encode("gb18030") for run in re.findall("[\u4e00-\u9fff]{6,60}", text)]  # one may begin inside a character
+    gbk = any(UTF8_CHINESE.fullmatch(run, start, start + (len(run) - start) // 3 * 3) for run in runs for start in range(3))
+    if gbk or LATIN_MOJIBAKE.search(text) or "锟斤拷" in text:
         raise BadInput(f"the {role} text is UTF-8 that was read in another encoding (mojibake): {text[:40]!r}")
     notes["byte order mark (dropped)"] += "\ufeff" in text
     notes["U+FFFD, a character lost in an earlier conversion"] += "\ufffd" in text
@@ -662,22 +621,12 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
     return text.replace("\ufeff", "")
 
 
-def gbk_mojibake(text: str) -> bool:
-    """Whether a run of Chinese, taken back to GBK bytes, is UTF-8: UTF-8 read as GBK turns 你好 into 浣犲ソ."""
-    for run in re.finditer("[\u4e00-\u9fff]{6,60}", text):
-        for data in (run[0].encode("gb18030")[start:] for start in range(3)):  # the run may begin inside a character
-            if re.fullmatch("[\u3000-\u9fff\uff00-\uffef]+", data[: len(data) // 3 * 3].decode("utf-8", "replace")):
-                return True
-    return False
-
-
 # ---- command line ----
 def cli(main) -> None:
     """fire.Fire(main), except that main starts only once the whole command line is understood.
 
-    fire calls the function first and reports unknown flags afterwards (google/python-fire#168), and it guesses types:
-    "a, b" becomes a tuple, false a true string. Here it hands over every flag as text, which is looked up and converted
-    by main's annotations. Exit status: 2 for bad input, 130 after Ctrl-C.
+    fire calls the function first and reports unknown flags afterwards (google/python-fire#168), and it guesses types: "a, b"
+    becomes a tuple. Here it hands over text, which main's annotations convert. Exit status: 2 for bad input, 130 after Ctrl-C.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 2 to 5 times on a shared machine
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up 4 bit on a CPU
@@ -688,29 +637,20 @@ def cli(main) -> None:
         os.environ.setdefault("PAGER", "cat")
         with contextlib.redirect_stderr(sys.stdout):  # so that --help | less shows it
             return fire.Fire(main, command=["--", "--help"])
-    strays, texts = [], {}
-
-    @fire.decorators.SetParseFn(str)
-    def collect(*rest, **flags):
-        strays.extend(rest)
-        texts.update(flags)
-
-    fire.Fire(collect)
+    given = []
+    fire.Fire(fire.decorators.SetParseFn(str)(lambda *strays, **texts: given.extend((strays, texts))))
     try:
-        if strays:
-            raise BadInput(f"{strays[0]!r} belongs to no flag: write --name value, with quotes around text that has blanks")
-        main(**convert_flags(main, texts))
-    except BadInput as problem:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same: say it once
+        if given[0]:
+            raise BadInput(f"{given[0][0]!r} belongs to no flag: write --name value, with quotes around text that has blanks")
+        main(**convert_flags(main, given[1]))
+    except (BadInput, RunStopped) as problem:
+        if isinstance(problem, RunStopped) or os.environ.get("RANK", "0") == "0":  # every rank finds the same bad input: say it once
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except RunStopped as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(problem.status)
+        sys.exit(getattr(problem, "status", 2))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as problem:  # torch raises RuntimeError, safetensors its own error, Python OSError
-        if "No space left" not in str(problem) and "file write failed" not in str(problem):
+        if not re.search("No space left|file write failed", str(problem)):
             raise
         print(f"error: the disk is full ({problem.__class__.__name__}); what was whole before is kept: free some space, then --resume True "
               f"or the same command again", file=sys.stderr)
@@ -728,8 +668,7 @@ def convert_flags(main, texts: dict[str, str]) -> dict:
         kinds = training_argument_kinds() | kinds
     for name in texts.keys() - kinds.keys():
         near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-        raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: {hint}")
+        raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: " + (f"did you mean --{near[0]}?" if near else "--help lists the flags"))
     for name, p in parameters.items():
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in texts:
             about = re.search(rf"^ +{name}: (.*)", main.__doc__, re.M)
@@ -750,28 +689,26 @@ def convert_flag(name: str, text: str, kind):
     if "bool" in words and text.lower() in ("true", "false"):
         return text.lower() == "true"
     for word, convert in (("int", int), ("float", float), ("str", str)):
-        if word in words:
-            with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):
+            if word in words:
                 return convert(text)
-    wanted = "True or False" if "bool" in words else "a whole number" if "int" in words else "a number"
-    raise BadInput(f"--{name}={text} is not {wanted}")
+    raise BadInput(f"--{name}={text} is not " + ("True or False" if "bool" in words else "a whole number" if "int" in words else "a number"))
 
 
 def training_argument_kinds() -> dict[str, str]:
     """{field: source of its annotation} of transformers.TrainingArguments, read from the file: an import takes 5 s."""
-    path = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
-    classes = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
-    fields = next(c.body for c in classes if c.name == "TrainingArguments")
+    source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
+    fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
     return {f.target.id: ast.unparse(f.annotation) for f in fields if isinstance(f, ast.AnnAssign)}
 
 
+# ---- checks ----
 def show(flags: dict) -> None:
-    """Print what a run is started with, once for all ranks."""
+    """Print what a run is started with, once for all ranks, behind the checks."""
     if os.environ.get("RANK", "0") == "0":
         pprint.pprint(flags, stream=sys.stderr)
 
 
-# ---- checks ----
 def check_positive(**flags: float) -> None:
     """BadInput if one of the flags is not above zero."""
     for name, value in flags.items():
@@ -781,10 +718,9 @@ def check_positive(**flags: float) -> None:
 
 def check_file(flag: str, path: str | None) -> None:
     """BadInput if the path of a flag is given and is not that of a file with something in it."""
-    if path is not None and not os.path.isfile(path):
-        raise BadInput(f"--{flag}={path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
-    if path is not None and not os.path.getsize(path):
-        raise BadInput(f"--{flag}={path} is empty")
+    if path is not None and (not os.path.isfile(path) or not os.path.getsize(path)):
+        what = "is empty" if os.path.isfile(path) else "is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"
+        raise BadInput(f"--{flag}={path} {what}")
 
 
 def check_adapter(lora_path: str | None) -> None:
@@ -798,28 +734,24 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name_or_path) or folder.parent.is_dir():
-            raise BadInput(f"{model_name_or_path} does not exist: give a model folder, or a name on the hub such as Qwen/Qwen2.5-7B")
+            raise BadInput(f"{folder} does not exist: give a model folder, or a name on the hub such as Qwen/Qwen2.5-7B")
         return
     names = {file.name for file in folder.iterdir()}
-    held = ", ".join(sorted(names)[:8]) or "nothing"
-    if "config.json" not in names:
-        what = "is a LoRA adapter: give its base as the model and this as --lora_path" if "adapter_config.json" in names else "has no config.json, so it is no model"
-        raise BadInput(f"{folder} {what} (it holds {held})")
-    if "delta.json" in names:
-        raise BadInput(f"{folder} is a delta, which only babbles by itself: make the model of it with apply_delta.py")
-    if not quantized and "quantize_config.json" in names:
-        raise BadInput(f"{folder} is quantized, its weights are for generate.py alone: give the 16-bit model that it was made from")
-    for index in names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"}:
-        missing = sorted(set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values()) - names)
-        if missing:
-            raise BadInput(f"{folder} lacks {missing[0]}, which its {index} names ({len(missing)} missing): finish the download")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
-        if not pickles:
-            raise BadInput(f"{folder} holds no weights (*.safetensors): it holds {held}")
-        if not allow_pickle:
-            raise BadInput(f"{folder} has its weights as a pickle ({pickles[0]}), which can run code when it is loaded: if you trust "
-                           f"it, add --allow_pickle True")
+    held = f"it holds {', '.join(sorted(names)[:8]) or 'nothing'}"
+    tensors, pickles = ({name for name in names if name.endswith(ends)} for ends in (".safetensors", (".bin", ".pt", ".pth")))
+    indices = sorted(names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"})
+    missing = sorted({file for index in indices for file in json.loads((folder / index).read_text("utf-8"))["weight_map"].values()} - names)
+    for wrong, what in (
+            ("config.json" not in names and "adapter_config.json" in names, f"is a LoRA adapter: give its base as the model and this as --lora_path ({held})"),
+            ("config.json" not in names, f"has no config.json, so it is no model ({held})"),
+            ("delta.json" in names, "is a delta, which only babbles by itself: make the model of it with apply_delta.py"),
+            ("quantize_config.json" in names and not quantized, "is quantized, for generate.py alone: give the 16-bit model that it was made from"),
+            (missing, f"lacks {', '.join(missing[:3])}, which {', '.join(indices)} names ({len(missing)} missing): finish the download"),
+            (not tensors and not pickles, f"holds no weights (*.safetensors): {held}"),
+            (not tensors and not allow_pickle, f"has its weights as a pickle ({', '.join(sorted(pickles)[:1])}), which can run code when it is loaded: "
+                                               f"if you trust it, add --allow_pickle True")):
+        if wrong:
+            raise BadInput(f"{folder} {what}")
 
 
 def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
@@ -889,8 +821,7 @@ def fingerprint(model_name_or_path: str) -> str | None:
 
     Tells one base from another in a second, where hashing 13 GB whole takes a minute.
     """
-    digest = hashlib.sha256()
-    files = sorted(Path(model_name_or_path).glob("model*.safetensors"))
+    digest, files = hashlib.sha256(), sorted(Path(model_name_or_path).glob("model*.safetensors"))
     for file in files:
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -1083,5 +1014,3 @@ def holds_text(path: str) -> bool:
         except BadInput:
             pass
     return False  # neither: reading it says what is wrong
-
-

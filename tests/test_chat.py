@@ -1,8 +1,13 @@
 """The prompt contract: what is trained, what generation feeds, and that they are the same."""
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from test_records import write
 
 from utils import IGNORE_INDEX, TEMPLATES, BadInput, Chat, hold_out, pack, tokenize_records
@@ -63,23 +68,52 @@ def test_the_label_mask_is_the_one_that_character_offsets_give(tokenizer, name, 
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoding.input_ids == flat(pieces)
+    prefix = " " if name in ("llama2_chinese", "llama2") else ""
     suffix = {"yayi": "\n\n", "llama2_chinese": "\n", "llama2": " "}.get(name, "")
+    stop_token = {"yayi": "<|End|>", "chatml": "<|im_end|>"}.get(name, tokenizer.eos_token)
     expected, place = [False] * len(encoding.input_ids), 0
     for role, content in dialogue:
         start = text.index(content, place)
         place = start + len(content)
         if role == "assistant":
-            stop = place + len(suffix) + len(tokenizer.decode(chat.stop_ids[0] if len(chat.stop_ids) == 1 else tokenizer.convert_tokens_to_ids(TEMPLATES[name].stop)))
+            start, stop = start - len(prefix), place + len(suffix) + len(stop_token)
             expected = [e or (a < stop and b > start) for e, (a, b) in zip(expected, encoding.offset_mapping)]
     assert [trained for ids, trained in pieces for _ in ids] == expected
 
 
-def test_a_merge_across_the_border_is_not_made(tokenizer):
-    """After "Assistant: " the blank is a token of its own in the prompt, so the answer is "Hello", never " Hello"."""
-    chat = Chat(tokenizer, "llama2_chinese")
-    (prompt, _), (answer, _), _ = chat.encode(as_messages([("user", "Hi"), ("assistant", " print(1)")]))
-    assert tokenizer.decode(prompt).endswith("Assistant: ") and tokenizer.decode(answer).rstrip().endswith("print(1)\n" + tokenizer.eos_token)
+def test_a_merge_across_the_border_is_not_made(bytelevel_folder):
+    """After a prompt that ends in a line break, an answer that begins with one is not merged into the prompt's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads((bytelevel_folder / "tokenizer.json").read_text("utf-8"))
+    state["model"]["vocab"]["ĊĊ"], state["model"]["merges"] = 1000, [["Ċ", "Ċ"], *state["model"]["merges"]]
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<|begin|>", eos_token="<|end|>"), "alpaca")
+    (prompt, _), (answer, _), _ = chat.encode(as_messages([("user", "Hi"), ("assistant", "\n\nprint(1)")]))
+    assert chat.crossed and chat.tokenizer.decode(prompt).endswith("### Response:\n") and chat.tokenizer.decode(answer) == "\n\nprint(1)<|end|>"
     assert prompt == flat(chat.encode(as_messages([("user", "Hi")]), add_generation_prompt=True))
+
+
+@pytest.mark.parametrize("answer", ["Hello", " print(1)", "你好"])
+@pytest.mark.parametrize("name", ["llama2", "llama2_chinese"])
+def test_the_blank_before_an_answer_is_trained_with_it(tokenizer, name, answer):
+    chat, messages = Chat(tokenizer, name), as_messages([("user", "Hi"), ("assistant", answer)])
+    (prompt, _), (ids, _), _ = chat.encode(messages)
+    assert not tokenizer.decode(prompt).endswith(" ") and chat.crossed == 0
+    assert prompt + ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert prompt == tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "plain"])
+def test_an_empty_system_text_is_none(tmp_path, tokenizer, name):
+    chat, dialogue = Chat(tokenizer, name), DIALOGUES["one round"]
+    without, empty = as_messages(dialogue), as_messages([("system", ""), *dialogue])
+    render = lambda messages: tokenizer.apply_chat_template(messages, tokenize=False)
+    assert render(empty) == render(without) and chat.encode(empty) == chat.encode(without)
+    assert "system" not in render(empty).lower().replace("<|system|>", "")
+    for row in ({"messages": empty}, {"conversations": [{"from": m["role"], "value": m["content"]} for m in empty]},
+                {"system": "", "instruction": "你好", "output": dialogue[1][1]}):
+        assert tokenize_records(write(tmp_path, row), chat, 200)[0][0]["input_ids"] == tokenize_records(write(tmp_path, {"messages": without}), chat, 200)[0][0]["input_ids"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +166,7 @@ def test_a_tool_result_is_refused_where_the_template_has_no_place_for_it(tmp_pat
 
     path = write(tmp_path, {"messages": as_messages([("user", "几度"), ("assistant", "查"), ("tool", "19"), ("assistant", "19度")])})
     chatml = Chat(AutoTokenizer.from_pretrained(bytelevel_folder), "chatml")
-    assert "<|im_start|>function\n19<|im_end|>" in chatml.tokenizer.decode(tokenize_records(path, chatml, 128)[0]["input_ids"])
+    assert "<|im_start|>function\n19<|im_end|>" in chatml.tokenizer.decode(tokenize_records(path, chatml, 128)[0][0]["input_ids"])
     with pytest.raises(BadInput, match="record 0: template alpaca: .*tool"):
         tokenize_records(path, Chat(AutoTokenizer.from_pretrained(bytelevel_folder), "alpaca"), 512)
 
@@ -174,9 +208,12 @@ def test_a_template_that_rewrites_history_is_refused_but_for_its_last_round(byte
     assert [chat.tokenizer.decode(ids) for ids, trained in pieces if trained] == ["<think></think>再答<|im_end|>"]
 
 
-def test_a_template_whose_answers_never_stop_is_refused(bytelevel_folder):
+def test_a_template_whose_answers_never_stop_is_refused_where_it_is_trained_and_can_be_used(tmp_path, bytelevel_folder):
+    jinja = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    chat = Chat(own(bytelevel_folder, jinja))
+    assert chat.tokenizer.decode(flat(chat.encode(as_messages([("user", "问")]), True))) == "user: 问\nassistant: " and chat.stop_ids == [chat.tokenizer.eos_token_id]
     with pytest.raises(BadInput, match="would never stop"):
-        Chat(own(bytelevel_folder, "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"))
+        tokenize_records(write(tmp_path, {"instruction": "问", "output": "答"}), chat, 100)
 
 
 def test_without_a_template_of_its_own_a_model_gets_llama2_chinese(tokenizer):
@@ -194,9 +231,9 @@ def test_a_long_dialogue_becomes_windows_that_train_each_answer_once(tmp_path, t
                                                                        {"role": "assistant", "content": f"答{n}号" + "文" * generator.randint(0, 40)})]
         rows.append({"messages": as_messages([("system", "系统文")]) + rounds})
     chat = Chat(tokenizer, "chatml")
-    examples = tokenize_records(write(tmp_path, *rows), chat, 300)
-    assert examples.counts["windows"] > 10 and not examples.counts["answers_cut"] and not examples.counts["prompts_cut"]
-    assert examples.counts["supervised_tokens"] == examples.counts["answer_tokens"]
+    examples, counts = tokenize_records(write(tmp_path, *rows), chat, 300)
+    assert counts["windows"] > 10 and not counts["answers_cut"] and not counts["prompts_cut"]
+    assert counts["supervised_tokens"] == counts["answer_tokens"]
     trained = [[] for _ in rows]
     for example in examples:
         assert len(example["input_ids"]) <= 300
@@ -217,7 +254,7 @@ def test_a_window_reads_as_many_earlier_rounds_as_fit(tmp_path, bytelevel_folder
     chat = Chat(AutoTokenizer.from_pretrained(bytelevel_folder), "chatml")
     rows = [{"messages": as_messages([(role, f"{role[0]}{n}") for n in range(10) for role in ("user", "assistant")])}]
     one = sum(len(ids) for ids, _ in chat.encode(rows[0]["messages"][:2]))
-    texts = [chat.tokenizer.decode(e["input_ids"]) for e in tokenize_records(write(tmp_path, *rows), chat, one * 4)]
+    texts = [chat.tokenizer.decode(e["input_ids"]) for e in tokenize_records(write(tmp_path, *rows), chat, one * 4)[0]]
     assert [text.count("<|im_start|>user") for text in texts] == [4, 4, 4]
     assert "u6" in texts[2] and "u5" not in texts[2]  # rounds 8 and 9 are trained, 6 and 7 are read
 
@@ -225,7 +262,8 @@ def test_a_window_reads_as_many_earlier_rounds_as_fit(tmp_path, bytelevel_folder
 def test_an_answer_longer_than_the_window_is_cut_without_a_stop_token(tmp_path, tokenizer):
     chat = Chat(tokenizer, "chatml")
     path = write(tmp_path, {"instruction": "短问", "output": "长" * 500}, {"instruction": "长" * 500, "output": "短答"})
-    cut, whole = tokenize_records(path, chat, 100)
+    (cut, whole), counts = tokenize_records(path, chat, 100)
+    assert counts["answers_cut"] == counts["prompts_cut"] == 1
     assert len(cut["input_ids"]) == 100 and cut["labels"][-1] not in (*chat.stop_ids, IGNORE_INDEX)
     assert "短问" in tokenizer.decode(cut["input_ids"])
     assert "短答" in tokenizer.decode([i for i in whole["labels"] if i != IGNORE_INDEX]) and whole["labels"].count(chat.stop_ids[-1]) + whole["labels"].count(chat.stop_ids[0]) == 1
@@ -237,6 +275,7 @@ def test_max_length_below_the_frame_of_the_template_is_refused(tmp_path, tokeniz
         tokenize_records(write(tmp_path, {"instruction": "问", "output": "答"}), Chat(tokenizer, "yayi"), 20)
 
 
+# ---- cache ----
 def test_tokenized_data_is_reused_only_when_nothing_changed(tmp_path, bytelevel_folder, monkeypatch):
     from transformers import AutoTokenizer
 
@@ -248,13 +287,61 @@ def test_tokenized_data_is_reused_only_when_nothing_changed(tmp_path, bytelevel_
     new = lambda name="chatml", **flags: Chat(AutoTokenizer.from_pretrained(bytelevel_folder), name, **flags)
     runs = [lambda: tokenize_records(path, new(), 128), lambda: tokenize_records(path, new("ziya"), 128), lambda: tokenize_records(path, new(), 64),
             lambda: tokenize_records(path, new(last_round_only=True), 128), lambda: tokenize_records(path, new(), 128, unescape_newlines=True)]
-    first = [[example["input_ids"] for example in run()] for run in runs]
-    assert len(made) == 5 and all(len(examples) == 600 for examples in first)
-    assert [[example["input_ids"] for example in run()] for run in runs] == first and len(made) == 5
+    ids = lambda run: (run()[0]["input_ids"][:], run()[1])
+    first = [ids(run) for run in runs]
+    assert len(made) == 5 and all(len(examples) == counts["records"] == 600 for examples, counts in first)
+    assert [ids(run) for run in runs] == first and len(made) == 5
+    before = os.stat(path)
     write(tmp_path, *[{"instruction": f"问{n}", "output": "改\\n案"} for n in range(600)])
-    assert runs[0]()[0]["input_ids"] != first[0][0] and len(made) == 6
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_size == before.st_size  # path, size and time are the same, the content is another
+    assert ids(runs[0])[0] != first[0][0] and len(made) == 6
     other = AutoTokenizer.from_pretrained(bytelevel_folder, eos_token="!")  # stands in tokenizer_config.json alone
-    assert tokenize_records(path, Chat(other, "alpaca"), 128)[0]["input_ids"] != tokenize_records(path, new("alpaca"), 128)[0]["input_ids"]
+    assert tokenize_records(path, Chat(other, "alpaca"), 128)[0][0] != tokenize_records(path, new("alpaca"), 128)[0][0]
+
+
+def test_what_was_killed_while_it_tokenized_is_made_anew_and_whole(tmp_path, bytelevel_folder):
+    path = write(tmp_path, *[{"instruction": f"问{n}", "output": "答"} for n in range(6000)])
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import utils
+from transformers import AutoTokenizer
+real, calls = utils.cut_dialogue, []
+def cut(*arguments):
+    calls.append(0)
+    if sys.argv[1] == "kill" and len(calls) > 700:
+        os.killpg(0, signal.SIGKILL)  # the parent and all its workers
+    return real(*arguments)
+utils.cut_dialogue = cut
+os.sched_getaffinity = lambda _: range(int(sys.argv[2]))
+examples, counts = utils.tokenize_records({path!r}, utils.Chat(AutoTokenizer.from_pretrained({str(bytelevel_folder)!r}), "ziya"), 100)
+print(len(examples), counts["records"], examples["record"][:] == list(range(6000)))
+"""
+    run = lambda *words: subprocess.run([sys.executable, "-c", code, *words], env=os.environ | {"YANGTUO_CACHE": str(tmp_path)}, capture_output=True, text=True, start_new_session=True)
+    for cores in "12":
+        assert run("kill", cores).returncode == -signal.SIGKILL
+        assert not [folder for folder in (tmp_path / "examples").iterdir() if not folder.name.startswith(".")]
+    for _ in range(2):
+        done = run("whole", "2")
+        assert done.stdout == "6000 6000 True\n", done.stderr
+
+
+def test_the_second_rank_of_a_machine_waits_for_the_first(tmp_path, bytelevel_folder, monkeypatch):
+    from transformers import AutoTokenizer
+
+    path, waits = write(tmp_path, {"instruction": "问", "output": "等"}), []
+
+    def first_rank(_):
+        waits.append(0)
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        tokenize_records(path, chat, 100)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+
+    chat = Chat(AutoTokenizer.from_pretrained(bytelevel_folder), "ziya")
+    monkeypatch.setattr("time.sleep", first_rank)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert len(tokenize_records(path, chat, 100)[0]) == 1 and len(waits) == 1
 
 
 def test_packing_is_whole_and_tight():
@@ -269,17 +356,26 @@ def test_packing_is_whole_and_tight():
 
 def test_held_out_records_are_not_trained(tmp_path, tokenizer):
     rows = [{"input": ["问" * 20] * n, "output": ["答" * 20] * n} for n in range(1, 11)]
-    examples = tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 200)
+    examples, _ = tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 200)
     train, held = hold_out(examples, 0.3, seed=1)
-    records = lambda chosen: {examples[e]["record"] for e in chosen}
+    records = lambda chosen: {examples[int(e)]["record"] for e in chosen}
     assert len(records(held)) == 3 and not records(held) & records(train) and len(train) + len(held) == len(examples)
     assert all((a == b).all() for a, b in zip(hold_out(examples, 0.3, seed=1), (train, held))) and not len(hold_out(examples, 0, seed=1)[1])
     with pytest.raises(BadInput, match="leaves nothing"):
         hold_out(examples, 10, seed=1)
 
 
-def test_a_broken_record_is_named_also_when_many_processes_tokenize(tmp_path, tokenizer):
-    rows = [{"instruction": "问", "output": "答"}] * 700 + [json.dumps({"instruction": "问"}) + "\n"]
-    with pytest.raises(BadInput, match="record 700: it has no answer"):
+def test_a_broken_record_is_named_also_when_many_processes_tokenize(tmp_path, tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
+    rows = [{"instruction": "问", "output": "答"}] * 5000 + [json.dumps({"instruction": "问"}) + "\n"]
+    with pytest.raises(BadInput, match="record 5000: it has no answer"):
         tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 100)
-    assert len(tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 100, skip_bad_records=True)) == 700
+    examples, counts = tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 100, skip_bad_records=True)
+    assert len(examples) == counts["records"] == 5000 and counts["bad record (dropped)"] == 1 and examples["record"][:] == list(range(5000))
+    rows[4500:] = [{"messages": as_messages([("user", "几度"), ("assistant", "查"), ("tool", "19"), ("assistant", "19度")])}]
+    with pytest.raises(BadInput, match="data.jsonl, record 4500: template ziya: "):  # found by a worker
+        tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 100, skip_bad_records=False)
+    assert tokenize_records(write(tmp_path, *rows), Chat(tokenizer, "ziya"), 100, skip_bad_records=True)[1]["refused"] == 1
+    with pytest.raises(BadInput, match="holds nothing to train on"):
+        tokenize_records(write(tmp_path, {"instruction": "问"}), Chat(tokenizer, "ziya"), 100, skip_bad_records=True)
+    assert not capfd.readouterr().out

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from utils import BadInput, clean_text, numbered_records, prompt_messages, read_records
+from utils import BadInput, clean_text, numbered_records, read_records
 
 DIALOGUE = [("user", "你好"), ("assistant", "你好！"), ("user", "再见"), ("assistant", "再见！")]
 
@@ -108,7 +108,7 @@ def test_bad_records_can_be_dropped_and_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize("data, reason", [
     (b"", "empty"),
     (b'[{"instruction": "a", "output": "b"}, {"instr', "line 1: not whole JSON"),
-    (b'{"instruction": "a", "output": "b"}\n{"instruction": "a"', "line 2: not JSON"),
+    (b'{"instruction": "a", "output": "b"}\n{"instruction": "a"', "line 2: not whole JSON"),
     ('{"instruction": "问", "output": "答"}'.encode("gb18030"), "looks like GBK.*iconv"),
     (b'{"instruction": "\xff\xfe\xfd"}', "byte 17 is not UTF-8"),
 ])
@@ -147,11 +147,3 @@ def test_real_chinese_is_never_taken_for_mojibake():
     for _ in range(20000):
         clean_text("".join(generator.choices(common, k=generator.randint(6, 20))), "user", False, Counter())
     clean_text("café naïve Müller Ænima ½ €", "user", False, Counter())
-
-
-def test_a_prompt_is_a_record_up_to_its_last_question():
-    assert prompt_messages({"prompt": "你好"}) == [{"role": "user", "content": "你好"}]
-    assert [m["content"] for m in prompt_messages({"input": ["一", "三"], "output": ["二", "四"]})] == ["一", "二", "三"]
-    assert prompt_messages({"instruction": "译", "input": "雪", "output": "snow"})[-1]["content"] == "译\n雪"
-    with pytest.raises(BadInput, match="asks nothing"):
-        prompt_messages({"messages": [{"role": "assistant", "content": "答"}]})

@@ -1,6 +1,8 @@
 """The command line: understood as a whole before anything runs; and the checks of files and folders."""
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,13 @@ def test_a_mistyped_flag_and_help_load_no_torch():
     assert "--lora_r=LORA_R" in done.stdout and "Rank of the update" in done.stdout  # on the standard output
 
 
+def test_importing_utils_loads_nothing_that_takes_seconds(tmp_path):
+    for name in ("torch", "transformers", "datasets", "tokenizers", "numpy", "pyarrow"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} was imported')")
+    done = subprocess.run([sys.executable, "-c", "import utils"], env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- files ----
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "a") as unfinished:
@@ -131,17 +140,41 @@ def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp
         with pytest.raises(BadInput, match="a is not a folder"):
             check_output_dir(str(path), resume=False)
     (tmp_path / "a").unlink()
-    write_facts(str(tmp_path), {"seed": 1, "data": "abc"})
+    facts = {"seed": 1, "data": "abc", "world_size": 1}
+    write_facts(str(tmp_path), facts)
     check_output_dir(str(tmp_path), resume=False)  # nothing is lost: it failed before its first checkpoint
-    assert resume_point(str(tmp_path), {"seed": 2, "data": "abc"}) is None
-    for step in ("9", "10", "best"):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")  # 10 is not whole
+    assert resume_point(str(tmp_path), facts | {"seed": 2}) is None
+    checkpoint(tmp_path, 9, "{}", "rng_state.pth")
     with pytest.raises(BadInput, match="holds another run"):
         check_output_dir(str(tmp_path), resume=False)
-    with pytest.raises(BadInput, match="was begun with seed = 1, now it is 2"):
-        resume_point(str(tmp_path), {"seed": 2, "data": "abc"})
-    assert Path(resume_point(str(tmp_path), {"seed": 1, "data": "abc"})).name == "checkpoint-9"
+    for other, reason in (({"seed": 2}, "was begun with seed = 1, now it is 2"), ({"world_size": 2}, "world_size = 1, now it is 2")):
+        with pytest.raises(BadInput, match=reason):
+            resume_point(str(tmp_path), facts | other)
+    assert Path(resume_point(str(tmp_path), facts)).name == "checkpoint-9"
+
+
+def checkpoint(folder, step, state, *files):
+    (folder / f"checkpoint-{step}").mkdir()
+    for name, text in (("trainer_state.json", state), *((name, "") for name in files)):
+        if text is not None:
+            (folder / f"checkpoint-{step}" / name).write_text(text)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path, capsys, ranks):
+    states = ["rng_state.pth"] if ranks == 1 else ["rng_state_0.pth", "rng_state_1.pth"]
+    checkpoint(tmp_path, "best", "{}", *states)
+    checkpoint(tmp_path, 9, "{}", *states)
+    assert Path(resume_point(str(tmp_path), {"world_size": ranks})).name == "checkpoint-9" and not capsys.readouterr().err
+    checkpoint(tmp_path, 10, '{"epoch": 1', *states)
+    checkpoint(tmp_path, 11, None, *states)
+    checkpoint(tmp_path, 100, "{}", *states[:-1])  # the last rank was killed before it wrote
+    assert Path(resume_point(str(tmp_path), {"world_size": ranks})).name == "checkpoint-9"
+    error = capsys.readouterr().err
+    assert error.count("is not whole") == 3 and all(f"checkpoint-{step} " in error for step in (100, 11, 10))
+    for folder in tmp_path.glob("checkpoint-9"):
+        shutil.rmtree(folder)
+    assert resume_point(str(tmp_path), {"world_size": ranks}) is None
 
 
 def test_a_fingerprint_tells_one_base_from_another(tmp_path):
