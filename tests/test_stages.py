@@ -190,7 +190,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path, model_
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, model_folder):
-    process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     for line in process.stderr:
         if list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
             break
