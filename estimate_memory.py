@@ -7,7 +7,7 @@ Writes  a table of what takes how much, which cards hold it, and on request the 
     python estimate_memory.py --stage finetune --model_name_or_path qwen2.5-7b --fit 40        # what to change for 40 GB
     python estimate_memory.py                                                                  # usual sizes and ways on usual cards
 
-The flags are those of the training script, and so are their defaults: a wrapper hands over the command line of its run, with --check. GB are
+The flags are those of the training script, and so are their defaults: a wrapper hands over the command line of its run, with --verdict. GB are
 10^9 bytes. Every block is taken for full and every position for supervised, so that a run can need less. The arithmetic follows what the block
 "training" of the scripts allocates: documents packed without a mask, a head in chunks, one input per layer under gradient checkpointing.
 benchmarks/memory.py holds it against measured peaks: within 10 % on each row.
@@ -143,7 +143,7 @@ def main(
     ranks: int = 1,
     nnodes: int = 1,
     fit: float | None = None,
-    check: Literal["warn", "stop"] | None = None,
+    verdict: Literal["warn", "stop"] | None = None,
     **given,
 ):
     """Estimate the memory of a training run; model_name_or_path may be a config.json or a size such as llama-2-7b as well.
@@ -154,24 +154,24 @@ def main(
         ranks: Number of GPUs, of each machine.
         nnodes: Number of machines.
         fit: Size of a card in GB: print the cheapest flags with which it is enough.
-        check: Compare with what is free on this machine, in a line or two: warn where it does not fit, or stop, with exit status 3.
+        verdict: Say in a line or two whether the run fits what is free on this machine: warn where it does not, or stop, with exit status 3.
         given: Any other flag of the training script or field of transformers.TrainingArguments; what takes no memory is passed over.
     """
     if model_name_or_path is None:
         return print(fit_table())
+
+    # ---- load ----
     try:
         flags = complete(stage, given) | {"ranks": ranks * nnodes, "nnodes": nnodes, "fit": fit}
         check_positive(**{name: flags[name] for name in ABOVE_ZERO if flags.get(name) is not None})
         check_file("deepspeed", flags["deepspeed"])
-
-        # ---- load ----
         shapes = read_shapes(flags.get("config_name") or model_name_or_path)
         if problem := impossible(flags, shapes):
             raise BadInput(problem)
-        if check:
-            return compare(flags, shapes, check == "stop")
+        if verdict:
+            return compare(flags, shapes, verdict == "stop")
     except BadInput as problem:
-        if not check:
+        if not verdict:
             raise
         return print(f"memory: no estimate, {str(problem).partition(', did you mean')[0]}")  # no reason to hold the run up
 
@@ -183,7 +183,7 @@ def main(
     for name, size in (parts | {"sum": total(parts), "RAM": parts["host"]}).items():
         if name in WHAT and size:
             print(f"| {name} | {size / 1e9:.{1 if name == 'RAM' else 2}f} | {WHAT[name]} |")
-    print("\n| card | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n" + "|---" * (1 + len(CARDS)) + f"|\n| fits | {verdict(parts)} |")
+    print("\n| card | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n" + "|---" * (1 + len(CARDS)) + f"|\n| fits | {fits(parts)} |")
     if fit:
         change, parts = cheapest(flags, shapes, fit)
         print(f"\nto fit {fit:g} GB: {in_words(change) or 'nothing need change'}; {total(parts) / 1e9:.1f} GB on each card"
@@ -198,7 +198,7 @@ def in_words(flags: dict) -> str:
     return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
 
 
-def verdict(parts: dict[str, float]) -> str:
+def fits(parts: dict[str, float]) -> str:
     return " | ".join("yes" if total(parts) <= card * 1e9 else "no" for card in CARDS)
 
 
@@ -296,7 +296,7 @@ def fit_table() -> str:
     for size, (way, (stage, changes)) in itertools.product(("7B", "13B"), ways.items()):
         parts = estimate(read_shapes(f"llama-2-{size}"), as_run(complete(stage, changes)))
         ram = f" + {parts['host'] / 1e9:.0f} RAM" * (parts["host"] > 0)
-        lines.append(f"| {size}, {way} | {total(parts) / 1e9:.1f}{ram} | {verdict(parts)} |")
+        lines.append(f"| {size}, {way} | {total(parts) / 1e9:.1f}{ram} | {fits(parts)} |")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ RANKS=$((GPUS > 0 ? GPUS : 1))
 RUN=(--model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
   --bits "${BITS:-$((GPUS > 0 ? 4 : 16))}" "$@")  # last, so that the caller's flags win
 if [[ $CHECK_MEMORY != off && $NODE_RANK == 0 && ! " $* " =~ " -h "|" --help " ]]; then  # the verdict alone: what else it finds wrong, the run says itself
-  python estimate_memory.py --stage finetune_lora --ranks "$RANKS" --nnodes "$NNODES" --check "$CHECK_MEMORY" "${RUN[@]}" >&2 2> /dev/null ||
+  python estimate_memory.py --stage finetune_lora --ranks "$RANKS" --nnodes "$NNODES" --verdict "$CHECK_MEMORY" "${RUN[@]}" >&2 2> /dev/null ||
     case $? in 3) exit 2 ;; 130) exit 130 ;; esac
 fi
 exec torchrun --nproc_per_node "$RANKS" --nnodes "$NNODES" --node_rank "$NODE_RANK" \

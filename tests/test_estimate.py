@@ -216,14 +216,14 @@ def test_a_run_is_compared_with_what_is_free(monkeypatch, capsys, cards, ram, fl
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(estimate_memory, "free_memory", lambda: (cards, ram))
     flags = dict(model_name_or_path="llama-2-7b") | flags
-    estimate_memory.main(**flags, check="warn")
+    estimate_memory.main(**flags, verdict="warn")
     out = capsys.readouterr().out
     assert out.startswith("memory (estimate): ") and ("each GPU" if cards else "this machine, which has no GPU") in out
     assert ("hardly fit" not in out) == fits and change in out and len(out.splitlines()) == 2 - fits
     if fits:
-        return estimate_memory.main(**flags, check="stop")
+        return estimate_memory.main(**flags, verdict="stop")
     with pytest.raises(RunStopped) as stopped:
-        estimate_memory.main(**flags, check="stop")
+        estimate_memory.main(**flags, verdict="stop")
     assert stopped.value.status == 3
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from test_consistency import flags_of
 
-WRAPPERS = [path for path in sorted((ROOT / "scripts").glob("*.sh")) if (ROOT / f"{path.stem}.py").is_file()]
+WRAPPERS = [path for path in sorted((ROOT / "scripts").glob("*.sh")) if (ROOT / f"{path.stem}.py").is_file() or path.stem == "web"]
 TRAINING = [path for path in WRAPPERS if "torchrun" in path.read_text()]
 AWKWARD = "a b;\"c' $(touch broken) *\\"
 
@@ -15,7 +15,7 @@ AWKWARD = "a b;\"c' $(touch broken) *\\"
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda path: path.name)
 def test_a_wrapper_passes_only_flags_that_its_script_has(calls, wrapper):
     words = calls("bash", wrapper, "--seed", "7", MODEL_PATH="my/model", BASE_MODEL="my/model", LORA_PATH="my adapter", DELTA_PATH="my delta", DATA_PATH="my data.json")[-1]
-    script = "generate.py" if wrapper.stem == "web" else f"{wrapper.stem}.py"
+    script = "webui.py" if wrapper.stem == "web" else f"{wrapper.stem}.py"
     own = words[words.index(script) + 1:]
     given = [word.removeprefix("--") for word in own if word.startswith("--")]
     known = flags_of(script) | (flags_of("finetune_lora.py") if wrapper.stem == "estimate_memory" else {})
@@ -37,7 +37,7 @@ def test_the_estimate_is_asked_for_the_very_run_whatever_stands_in_the_variables
     names = ("MODEL_PATH", "DATA_PATH", "OUTPUT_PATH", "TOT_CUDA", "BITS", "DS_CONFIG", "MASTER_ADDR", "PORT")
     given = {name: f"{AWKWARD} {name}" for name in names}
     estimate, run = calls("bash", wrapper, "--report_to", AWKWARD, **given)[-2:]
-    assert estimate[:4] == ["python", "estimate_memory.py", "--stage", wrapper.stem] and estimate[4:10] == ["--ranks", "1", "--nnodes", "1", "--check", "warn"]
+    assert estimate[:4] == ["python", "estimate_memory.py", "--stage", wrapper.stem] and estimate[4:10] == ["--ranks", "1", "--nnodes", "1", "--verdict", "warn"]
     assert run[run.index(f"{wrapper.stem}.py") + 1:] == estimate[10:] and estimate[-2:] == ["--report_to", AWKWARD]
     assert {given[name] for name in names if f"{name}=" in wrapper.read_text() and name != "TOT_CUDA"} <= {*run}
     assert calls("bash", wrapper, MODEL_PATH="m", NODE_RANK=AWKWARD, NNODES=AWKWARD)[-1].count(AWKWARD) == 2 and not list(tmp_path.glob("broken"))
