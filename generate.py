@@ -145,9 +145,8 @@ def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[di
 
 def generation_arguments(model, chat: Chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
     """What model.generate takes; temperature 0 is greedy."""
-    sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    if temperature > 0:
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else greedy
     rows = model.get_input_embeddings().weight.shape[0]
     if rows > len(chat.tokenizer):  # padding, or tokens that another adapter added
         sampling["suppress_tokens"] = list(range(len(chat.tokenizer), rows))

@@ -80,7 +80,7 @@ def expected(server):
 
 def check(server, expected, answer):
     assert server.prompts.pop() == expected[0]
-    assert answer and answer.rstrip().rstrip("\ufffd") == expected[1]
+    assert answer and answer.rstrip().rstrip("\ufffd") == expected[1].rstrip()
 
 
 def test_the_openai_client_is_answered_from_the_prompt_of_training(server, expected):

@@ -339,6 +339,13 @@ def test_html_is_shown_and_not_run(tabs, site, monkeypatch):
     tab.ask(attack)
     assert "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>" in tab.answered()[0] and "$5 和 $6" in tab.said("bot")[0]
     assert "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>" in tab.said("user")[0]
+    copied = tab.page.evaluate("""() => {
+        const said = document.querySelector(".message.user"), event = new ClipboardEvent("copy", {clipboardData: new DataTransfer(), bubbles: true});
+        getSelection().selectAllChildren(said);
+        said.dispatchEvent(event);
+        return event.clipboardData.getData("text/plain");
+    }""")
+    assert attack.partition(" ![")[0] in copied  # with no character that was put in to show it
     assert tab.page.evaluate("window.hacked") is None and tab.page.locator(".message img").count() == 0
     assert tab.page.locator(".message.bot code").inner_text().strip() == "<b>code</b>" and tab.page.locator(".message.bot .katex").count() == 1
 
