@@ -12,10 +12,11 @@ Most failed runs are visible here: prompts that are trained, answers without a s
 import contextlib
 import html as html_module
 import json
+import os
 import sys
 from collections import Counter
 
-from utils import IGNORE_INDEX, BadInput, Chat, check_file, cli, read_records, summarize, tokenize_records
+from utils import IGNORE_INDEX, BadInput, Chat, check_file, check_model, cli, read_records, summarize, tokenize_records
 
 
 def main(
@@ -50,30 +51,37 @@ def main(
         dump: File to write all examples to, one JSON object a line: input_ids, labels, record.
     """
     check_file("data_path", data_path)
+    if not os.path.isdir(model_name_or_path):  # of a folder, the tokenizer is enough
+        check_model(model_name_or_path)
 
     # ---- load ----
-    from models import load_tokenizer
+    from transformers import AutoTokenizer
 
-    chat = Chat(load_tokenizer(model_name_or_path, trust_remote_code), template, last_round_only)
-    examples = tokenize_records(data_path, chat, max_length, skip_bad_records, unescape_newlines)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as problem:
+        raise BadInput(f"no tokenizer could be loaded from {model_name_or_path}: {str(problem).strip().splitlines()[0][:300]}") from None
+    chat = Chat(tokenizer, template, last_round_only)
+    examples, counts = tokenize_records(data_path, chat, max_length, skip_bad_records, unescape_newlines)
 
     # ---- look ----
-    shown = [example for example in examples if example["record"] == record]
+    numbers = examples["record"][:]
+    shown = [examples[e] for e, number in enumerate(numbers) if number == record]
     if not shown:
-        raise BadInput(f"--record={record} is not in {data_path}: its last record is number {examples.records.max()}, and dropped ones have no examples")
+        raise BadInput(f"--record={record} is not in {data_path}: its last record is number {numbers[-1]}, and dropped ones have no examples")
     start, end = ("\033[42;30m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
     for window, example in enumerate(shown, 1):
         print(f"record {record}, window {window} of {len(shown)}: {len(example['input_ids'])} tokens, trained between {start}the marks{end}")
-        print("".join(start + text + end if trained else text for text, trained, _ in spans(chat.tokenizer, example, by_token=False)), "\n")
-    print(audit(examples, chat, read_records(data_path, skip_bad_records=True, unescape_newlines=unescape_newlines), max_length))
+        print("".join(start + text + end if trained else text for text, trained, _ in spans(tokenizer, example, by_token=False)), "\n")
+    print(audit(examples, counts, chat, read_records(data_path, skip_bad_records=True, unescape_newlines=unescape_newlines), max_length))
 
     # ---- save ----
     if html:
         with open(html, "w", encoding="utf-8") as file:
-            file.write(page(chat.tokenizer, shown, f"{data_path}, record {record}"))
+            file.write(page(tokenizer, shown, f"{data_path}, record {record}"))
     if dump:
         with open(dump, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(example) + "\n" for example in examples)
+            file.writelines(json.dumps({name: example[name] for name in ("input_ids", "labels", "record")}) + "\n" for example in examples)
 
 
 def spans(tokenizer, example: dict, by_token: bool):
@@ -89,10 +97,10 @@ def spans(tokenizer, example: dict, by_token: bool):
             ids = []
 
 
-def audit(examples, chat: Chat, records, max_length: int) -> str:
+def audit(examples, counts: Counter, chat: Chat, records, max_length: int) -> str:
     """The lines that say what is in the file and what is odd about it."""
     bos = chat.tokenizer.bos_token_id
-    found, lengths, seen = Counter(), examples.lengths, Counter()
+    found, seen, lengths = Counter(), Counter(), examples["length"][:]
     for example in examples:
         ids, labels = example["input_ids"], example["labels"]
         seen[hash(tuple(ids))] += 1
@@ -105,12 +113,11 @@ def audit(examples, chat: Chat, records, max_length: int) -> str:
         with contextlib.suppress(BadInput):  # one that the template refuses was dropped, or the run had ended before
             chat.encode(record["messages"])
     found["places where a merge would cross from prompt to answer (tokenized apart, as in generation)"] = chat.crossed
-    counts = examples.counts
     lines = [summarize(counts),
              f"supervised share {counts['supervised_tokens'] / counts['tokens']:.1%}, {counts['windows']:,} windows made of longer dialogues"]
     lines += [f"  {count:,} x {what}" for what, count in found.items() if count] or ["  nothing odd in the labels"]
     edges = [0, *(edge for edge in (64, 128, 256, 512, 1024, 2048, 4096, 8192) if edge < max_length), max_length]
-    bars = [int(((lengths > low) & (lengths <= high)).sum()) for low, high in zip(edges, edges[1:])]
+    bars = [sum(low < length <= high for length in lengths) for low, high in zip(edges, edges[1:])]
     lines += [f"{low + 1:>6}-{high:<6} {count:>8,} {'█' * round(40 * count / max(bars))}" for low, high, count in zip(edges, edges[1:], bars)]
     return "\n".join(lines)
 
