@@ -17,6 +17,7 @@ Embedding and head stay in 16 bit.
 """
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -298,6 +299,89 @@ def evaluate(model, base: Weights, hidden, labels, splits: list[int]) -> dict[st
         loss = sum(head_chunk(head, these[part], of_these[part])[0] for part in parts) / len(trained)
         perplexities[name], end = round(float(torch.exp(loss)), 4), end - count
     return perplexities
+
+
+# ==== gptq ====
+# The format: a linear layer of shape (out, in) has four tensors in the place of `weight`:
+#
+#     qweight  int32 (in * bits / 32, out)       codes of 0 to 2^bits - 1, packed along `in`, lowest bits first
+#     qzeros   int32 (groups, out * bits / 32)   zero points, packed along `out`
+#     scales   fp16  (groups, out)
+#     g_idx    int32 (in,)                       the group of each input
+#
+# and weight[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = g_idx[i]. The first version of the format, "gptq", holds the zero
+# points less one, so that none can be 0: all readers know it, but it is kept to symmetric codes. Others go into "gptq_v2", which holds them as they are.
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def has_gptqmodel() -> bool:
+    """Whether transformers can load a GPTQ folder by itself."""
+    return bool(importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum"))
+
+
+def gptq_config(model_name_or_path: str) -> dict | None:
+    """quantization_config of a GPTQ folder; None for any other. BadInput if it is of a version that is not known here."""
+    file = Path(model_name_or_path) / "config.json"
+    try:
+        config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
+    except ValueError as problem:
+        raise BadInput(f"{file} is no whole JSON: {problem}") from None
+    if config.get("quant_method") != "gptq":
+        return None
+    config.setdefault("checkpoint_format", "gptq")
+    if config["checkpoint_format"] not in ("gptq", "gptq_v2") or config.get("bits") not in (2, 3, 4, 8):
+        raise BadInput(f"{model_name_or_path} is of the GPTQ format {config['checkpoint_format']} with {config.get('bits')} bits, which only gptqmodel "
+                       f"reads: pip install gptqmodel optimum")
+    return config
+
+
+def unpack_codes(words, bits: int):
+    """The codes (n, m) in int32 words (n * bits / 32, m), as uint8."""
+    import torch
+
+    words = words.view(-1, bits, words.shape[1]).long() & 0xFFFFFFFF
+    codes = torch.empty(len(words), 32, words.shape[2], dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = words[:, word] >> shift
+        if shift + bits > 32:
+            code |= words[:, word + 1] << 32 - shift
+        codes[:, i] = code & 2**bits - 1
+    return codes.view(-1, words.shape[2])
+
+
+def dequantize(parts: dict, settings: dict):
+    """The weight (out, in), in fp32, that the four tensors of a layer stand for."""
+    bits, less = settings["bits"], int(settings["checkpoint_format"] == "gptq")
+    zeros = unpack_codes(parts["qzeros"].T.contiguous(), bits).T.float() + less
+    codes, g_idx = unpack_codes(parts["qweight"], bits), parts["g_idx"].long()
+    return ((codes - zeros[g_idx]) * parts["scales"].float()[g_idx]).T.contiguous()
+
+
+def dequantized_state(folder: str, settings: dict, dtype) -> dict:
+    """All weights of a GPTQ folder by name, each layer as a plain matrix; BadInput if some are missing or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    index = Path(folder) / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    layers, state = {}, {}
+    for file in files:
+        try:
+            with safe_open(Path(folder) / file, "pt") as tensors:
+                for name in tensors.keys():
+                    layer, _, part = name.rpartition(".")
+                    if part not in PARTS:
+                        state[name] = tensors.get_tensor(name).to(dtype)
+                        continue
+                    parts = layers.setdefault(layer, {})
+                    parts[part] = tensors.get_tensor(name)
+                    if len(parts) == len(PARTS):  # they may lie in two files
+                        state[f"{layer}.weight"] = dequantize(layers.pop(layer), settings).to(dtype)
+        except (OSError, SafetensorError) as problem:
+            raise BadInput(f"{folder}: {file} is missing, cut off or damaged, download it again ({problem})") from None
+    for layer, parts in layers.items():
+        raise BadInput(f"{folder} lacks {layer}.{min(set(PARTS) - set(parts))}: finish the download")
+    return state
 
 
 if __name__ == "__main__":
