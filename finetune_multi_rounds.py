@@ -19,14 +19,22 @@ master, gradient and two moments of AdamW; ds_configs/README.md has the arithmet
 | 7B   | 108               | 4, zero3             | 27            | 6                                          | 33  | 4 x 40 GB          |
 | 13B  | 208               | 8, zero3             | 26            | 8                                          | 34  | 8 x 40 GB          |
 """
+import contextlib
+import datetime
+import importlib
 import json
+import math
+import os
+import resource
 import sys
+import time
+from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Literal
 
-from memory import announce_memory
-from utils import (Chat, check_file, check_model, check_output_dir, check_positive, cli, file_hash, fingerprint, hold_out, resume_point, run_facts, show,
-                   summarize, tokenize_records, write_facts)
+from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, cli, describe, explain, make_blocks,
+                   read_examples, resume_point, run_facts, summarize, write_facts)
 
 
 def main(
@@ -41,6 +49,7 @@ def main(
     last_round_only: bool = False,
     max_length: int = 2048,
     packing: bool = True,
+    shuffle: bool = True,
     skip_bad_records: bool = False,
     unescape_newlines: bool = False,
     trust_remote_code: bool = False,
@@ -55,8 +64,6 @@ def main(
     warmup_steps: float = 0.03,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
-    longest_first: bool = False,
-    check_memory: bool = False,
     early_stopping_patience: int = 0,
     seed: int = 42,
     resume: bool = False,
@@ -74,6 +81,7 @@ def main(
         last_round_only: Train the last answer of each dialogue alone.
         max_length: Tokens per example; what is longer is cut into windows, a dialogue into whole rounds.
         packing: Fill blocks of max_length tokens with whole examples; else an example is a block.
+        shuffle: Train in random order; else in that of the data, from easy to hard, say.
         skip_bad_records: Drop bad records and say how many and why, instead of stopping.
         unescape_newlines: Turn a literal backslash and n in the data into a line break.
         trust_remote_code: Run Python code that comes with the model.
@@ -87,72 +95,365 @@ def main(
         warmup_steps: Steps of linear warm-up: a number, or a share below 1.
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
-        longest_first: Begin with the longest blocks, so that a lack of memory shows at the first step.
-        check_memory: Refuse to start where the estimate exceeds the free memory of the GPU (or of a machine without one); else it is printed all the same.
         early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
         seed: Of everything random.
         resume: Go on from the last checkpoint in output_dir.
         training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
     """
-    flags = dict(locals())
-    show(flags)
-    check_model(model_name_or_path, allow_pickle)
-    check_file("data_path", data_path)
-    check_file("eval_path", eval_path)
-    check_output_dir(output_dir, resume)
-    check_positive(max_length=max_length, per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
+    settings = check_run(flags := dict(locals()))
 
     # ---- load ----
-    # these imports take seconds: they wait until the flags are understood
-    from transformers import set_seed
+    import torch  # these imports take seconds: they wait until the flags are understood
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    from models import DTYPES, add_token_rows, choose_precision, freeze, load_model, load_skeleton, load_tokenizer
-    from training import Blocks, SupervisedTrainer, check_machine, choose_attention, make_arguments, run_training, save_result, supervised_forward
-
-    precision = choose_precision(precision)
-    skeleton = load_skeleton(model_name_or_path, trust_remote_code)  # before the arguments: ZeRO-3 would shard it
-    args = make_arguments(output_dir, precision, eval_path, eval_size, early_stopping_patience, training_arguments,
-                          per_device_train_batch_size=per_device_train_batch_size, learning_rate=learning_rate,
-                          gradient_accumulation_steps=gradient_accumulation_steps, num_train_epochs=num_train_epochs,
-                          lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, seed=seed,
-                          gradient_checkpointing=gradient_checkpointing)
-    chat = Chat(load_tokenizer(model_name_or_path, trust_remote_code), template, last_round_only)
-    trained = freeze(skeleton, freeze_layers, chat.new_tokens)
+    config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):  # names and shapes alone; before the arguments, since ZeRO-3 would shard it
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    args, precision = make_arguments(settings, precision)
+    attention = choose_attention(skeleton, precision, max_length)
+    chat = Chat(load(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code), template, last_round_only)
+    if not 0 <= freeze_layers < (count := len(layers_of(skeleton))):
+        raise BadInput(f"--freeze_layers={freeze_layers}: this model has {count} layers, leave one at least")
+    if freeze_layers and chat.new_tokens:
+        raise BadInput(f"--freeze_layers={freeze_layers} would leave the template's new tokens ({', '.join(chat.new_tokens)}) all alike: choose a --template "
+                       f"without new tokens, or freeze nothing")
 
     # ---- prepare ----
-    facts = run_facts(flags, data=file_hash(data_path), eval_data=eval_path and file_hash(eval_path),
-                      base=fingerprint(model_name_or_path) or model_name_or_path, template=chat.template, precision=precision, world_size=args.world_size)
-    check_machine(args, skeleton, trained, facts)
+    facts = run_facts(flags, template=chat.template, precision=precision, world_size=args.world_size)
+    check_ranks(args, facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
-    reading = dict(max_length=max_length, skip_bad_records=skip_bad_records, unescape_newlines=unescape_newlines)
-    examples = tokenize_records(data_path, chat, **reading)
-    evaluated = tokenize_records(eval_path, chat, **reading) if eval_path else examples
-    train_on, evaluate_on = hold_out(examples, eval_size, seed)
-    evaluate_on = range(len(evaluated)) if eval_path else evaluate_on
-    blocks = Blocks(examples, train_on, max_length, packing)
-    eval_blocks = Blocks(evaluated, evaluate_on, max_length, packing) if len(evaluate_on) else None
+    examples, counts, train_on, evaluate_on = read_examples(flags, chat)
+    blocks = make_blocks(examples["length"], train_on, max_length, packing, shuffle, args.world_size * args.train_batch_size * gradient_accumulation_steps)
+    eval_blocks = make_blocks(examples["length"], evaluate_on, max_length, packing, shuffle, args.world_size * args.per_device_eval_batch_size)
     if args.process_index == 0:
-        print(summarize(examples.counts), blocks.describe(args), sep="\n", file=sys.stderr)
-    announce_memory(skeleton.config.to_dict(), flags, args, blocks.lengths, precision, check_memory)
+        print(summarize(counts), describe(blocks, examples["length"], args), sep="\n", file=sys.stderr)
 
     # ---- train ----
     set_seed(seed)
-    attention = choose_attention(skeleton, precision, max_length)
     # The weights that the optimizer changes stay fp32, since in 16 bit a small update is lost; DeepSpeed keeps its own fp32 copy
-    model = load_model(model_name_or_path, DTYPES[precision if args.deepspeed else "fp32"], attn_implementation=attention, allow_pickle=allow_pickle,
-                       trust_remote_code=trust_remote_code, device_map=None if args.deepspeed else {"": args.device})
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision if args.deepspeed else "fp32"]
+    model = load(AutoModelForCausalLM, model_name_or_path, dtype=dtype, attn_implementation=attention, use_safetensors=None if allow_pickle else True,
+                 trust_remote_code=trust_remote_code, device_map=None if args.deepspeed else {"": args.device}, output_loading_info=True)
     add_token_rows(model, chat.tokenizer, chat.new_tokens)
-    freeze(model, freeze_layers, chat.new_tokens)
+    if freeze_layers:
+        for module in (model.get_input_embeddings(), *layers_of(model)[:freeze_layers]):
+            module.requires_grad_(False)
     model.forward = MethodType(supervised_forward, model)
-    about = {"base": model_name_or_path, "base_fingerprint": fingerprint(model_name_or_path), "template": chat.template}
-    trainer = SupervisedTrainer(model, args, blocks, eval_blocks, attention is None, chat, about, longest_first, early_stopping_patience)
+    trainer = make_trainer(model, args, chat, facts, examples, blocks, eval_blocks, attention is None, early_stopping_patience)
     write_facts(output_dir, facts)
     report = run_training(trainer, checkpoint)
 
     # ---- save ----
-    save_result(trainer)
-    if args.process_index == 0:
+    save_result(trainer, report)
+
+
+def layers_of(model):
+    """The stack of layers, lowest first: the longest list of modules."""
+    import torch
+
+    return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+
+
+# ==== new tokens ====
+def add_token_rows(model, tokenizer, new_tokens: list[str]) -> dict[str, list[int]]:
+    """Give new tokens a row in embedding and head, each the mean of the old rows; {module name: row numbers}.
+
+    A row left random is farther from all others than they are from one another, and it disturbs every softmax.
+    """
+    import torch
+
+    if not new_tokens:
+        return {}
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids, whole = tokenizer.convert_tokens_to_ids(new_tokens), contextlib.nullcontext()
+    tables = {id(table.weight): table for table in (model.get_output_embeddings(), model.get_input_embeddings())}.values()  # one if tied
+    if hasattr(model.get_input_embeddings().weight, "ds_id"):  # ZeRO-3 has given each rank its share: gather them, to be read and written
+        whole = importlib.import_module("deepspeed").zero.GatheredParameters([table.weight for table in tables], modifier_rank=0)
+    with torch.no_grad(), whole:
+        for table in tables:
+            table.weight[ids] = table.weight[: min(ids)].float().mean(dim=0).to(table.weight)
+    return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if module in tables}
+
+
+# ==== training ====
+LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
+
+
+def load(auto_class, name: str, **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
+
+
+def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, document_lengths=None, **_):
+    """Causal attention inside each document of one packed row: (1, heads, T, head size) -> (1, T, heads, head size).
+
+    One call of torch's fused kernel per document needs no mask. The dense block mask that transformers would build for
+    the row costs T x T and the work of all pairs of documents.
+    """
+    import torch
+
+    if key.shape[1] < query.shape[1] and query.is_cuda and (query.dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8):
+        # GPUs before Ampere have no fused kernel for grouped heads: torch would fall back to one that holds all T x T scores
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
+    documents = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
+    return torch.cat([attend(*document) for document in documents], dim=2).transpose(1, 2), None
+
+
+def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
+    """How packed documents are kept apart: by flash_attention_2's variable-length kernel or by document_attention; None: padded rows."""
+    import torch
+    from transformers import AttentionInterface
+    from transformers.utils import is_flash_attn_2_available
+
+    AttentionInterface.register("documents", document_attention)
+    if not can_pack(skeleton.config, max_length) or not skeleton._supports_attention_backend:
+        return None
+    fused = precision in ("bf16", "fp16") and is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
+    return "flash_attention_2" if fused else "documents"
+
+
+def supervised_forward(self, input_ids, labels, num_items_in_batch=None, position_ids=None, attention_mask=None, document_lengths=None, **_):
+    """forward() of a causal language model in training: the head sees the supervised positions only.
+
+    Args:
+        input_ids, labels: (B, T) long; labels are IGNORE_INDEX where nothing is trained, the first of a document included.
+        num_items_in_batch: Supervised tokens of the global batch, by which the sum of the losses is divided.
+        document_lengths: Of a packed row (B = 1), with position_ids that start from 0 in each document.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    lengths = {"document_lengths": document_lengths} if self.config._attn_implementation == "documents" else {}
+    hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
+    supervised = labels[:, 1:] != IGNORE_INDEX
+    hidden, targets, head = hidden[:, :-1][supervised], labels[:, 1:][supervised], self.get_output_embeddings()  # (N, D), (N,)
+    if torch.is_grad_enabled() and not hasattr(head.weight, "ds_id"):
+        loss, correct = head_loss(hidden, targets, head), None
+    else:  # evaluation; and ZeRO-3, which gathers a sharded head by hooks of autograd's own graph
+        def of_chunk(hidden, target):
+            logits = head(hidden).float()  # (n, V)
+            return torch.nn.functional.cross_entropy(logits, target, reduction="sum"), (logits.argmax(-1) == target).sum()
+        loss, correct = hidden.sum(dtype=torch.float32) * 0.0, 0  # in fp16 the sum may be infinite, and 0 times that is no number
+        for begin, end in chunks(head, len(targets), hidden.device):
+            more, right = checkpoint(of_chunk, hidden[begin:end], targets[begin:end], use_reentrant=False)
+            loss, correct = loss + more, correct + right
+    return {"loss": loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch), "correct": correct}
+
+
+def head_loss(hidden, targets, head):
+    """Sum of the cross-entropies of N positions, a chunk of logits at a time: hidden (N, D), targets (N,) -> scalar, fp32.
+
+    The gradients are made here: every logit is computed once, turns into its gradient, which is its probability less one
+    for the target, and is gone before the next chunk.
+    """
+    import torch
+
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    total, gradients = torch.zeros((), device=hidden.device), [torch.zeros_like(tensor) for tensor in inputs]
+    for begin, end in chunks(head, len(targets), hidden.device):
+        chunk, target = hidden[begin:end].detach().requires_grad_(), targets[begin:end, None]
+        logits = head(chunk)  # (n, V)
+        gradient = torch.log_softmax(logits.detach(), dim=1, dtype=torch.float32)
+        total -= gradient.gather(1, target).sum()
+        gradient.exp_().scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+        gradients[0][begin:end], *of_parameters = torch.autograd.grad(logits, (chunk, *inputs[1:]), gradient.to(logits.dtype))
+        for whole in gradients[1:]:
+            whole += of_parameters.pop(0)
+        del logits, gradient  # else they would still be there while the next chunk's are made
+    # Zero, with those gradients: what autograd hands back to the model
+    return total + sum(((tensor - tensor.detach()).float() * gradient.float()).sum() for tensor, gradient in zip(inputs, gradients))
+
+
+def chunks(head, positions: int, device) -> list[tuple[int, int]]:
+    """Spans of positions whose logits together stay below LOGITS_AT_ONCE; under ZeRO-3 as many of them on every rank."""
+    import torch
+
+    size = max(1, LOGITS_AT_ONCE // getattr(head.weight, "ds_shape", head.weight.shape)[0])  # ZeRO-3 leaves shape empty
+    count = torch.tensor(-(-positions // size), device=device)
+    if hasattr(head.weight, "ds_id"):  # each use of a sharded head gathers it, and all ranks must take part in that, in an empty block too
+        count.clamp_(min=1)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    return [(min(begin, positions), min(begin + size, positions)) for begin in range(0, int(count) * size, size)]
+
+
+def collate(blocks: list[list[int]], examples, padded: bool) -> dict:
+    """A micro-batch: the examples of its blocks as one packed row, or as padded rows for models that cannot take that.
+
+    The first token of a document has nothing before it that could predict it, so it is never a label.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [examples[e] for block in blocks for e in block]
+    ids = [torch.tensor(row["input_ids"]) for row in rows] or [torch.tensor([0])]  # an empty block trains nothing
+    labels = [torch.tensor([IGNORE_INDEX] + row["labels"][1:]) for row in rows] or [torch.tensor([IGNORE_INDEX])]
+    counts = {"records": [row["record"] for row in rows], "tokens": sum(map(len, ids)) * bool(rows),
+              "supervised": sum(int((row != IGNORE_INDEX).sum()) for row in labels)}
+    if padded:
+        return counts | {"input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, IGNORE_INDEX),
+                         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
+    return counts | {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None], "document_lengths": [len(row) for row in ids],
+                     "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None]}
+
+
+def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_blocks, padded: bool, early_stopping_patience: int = 0, characters: int = 0):
+    """A Trainer that counts, stops at a NaN, evaluates by token (`characters`: of the evaluation text), and saves what a model needs to be talked to."""
+    import torch
+    from tqdm import tqdm
+    from transformers import EarlyStoppingCallback, GenerationConfig, Trainer
+
+    def over_ranks(*numbers) -> list[float]:
+        total = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    class SupervisedTrainer(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.in_step.append([inputs.pop("records"), inputs.pop("tokens"), inputs.pop("supervised")])
+            self.in_step[-1].append(loss := super().training_step(model, inputs, num_items_in_batch))
+            return loss
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            """Called once a step: the place to count, and to stop at a NaN. fp16 skips steps whose gradient overflows, so its norm is not looked at."""
+            norm = super()._get_grad_norm(model, grad_norm)
+            of_gradient = 0.0 if norm is None or args.fp16 else float(norm)
+            (records, tokens, supervised, losses), self.in_step = zip(*self.in_step), []
+            *counts, loss = over_ranks(sum(tokens), sum(supervised), sum(losses) / args.world_size)  # Trainer multiplies by the ranks
+            if not math.isfinite(loss + of_gradient):
+                ill = [held for held, of_batch in zip(records, losses) if not math.isfinite(float(of_batch))] or records  # of this rank
+                raise RunStopped(f"in step {self.state.global_step + 1} the loss is {loss:.4g}, the norm of its gradient {of_gradient:.4g}; the step holds "
+                                 f"the records {sorted(set(sum(ill, [])))}: look at them with inspect_labels.py, lower the learning rate, "
+                                 f"or, in fp16 with a model that was made in bf16, take --precision fp32. The checkpoints in {args.output_dir} are from before")
+            self.seen += torch.tensor([*counts, loss * counts[1]], dtype=torch.float64)
+            return norm
+
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+            """Loss, perplexity and accuracy over all supervised tokens of the evaluation data, each token counted once."""
+            self.model_wrapped.eval()
+            start, totals = time.perf_counter(), [0.0, 0.0, 0.0]
+            for inputs in tqdm(self.get_eval_dataloader(), "evaluating", leave=False, disable=not self.is_world_process_zero()):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = self.model_wrapped(**self._prepare_inputs(inputs), num_items_in_batch=1)
+                totals = [a + float(b) for a, b in zip(totals, (outputs["loss"], outputs["correct"], inputs["supervised"]))]
+            loss, correct, count = over_ranks(*totals)
+            metrics = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 100)), "eval_token_accuracy": correct / count}
+            metrics |= {"eval_bits_per_character": loss / math.log(2) / characters} if characters else {}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+            self.seconds_evaluating += time.perf_counter() - start
+            return metrics
+
+        def _save(self, output_dir=None, state_dict=None):
+            """Weights, and beside them tokenizer, chat template, stop tokens: a checkpoint can be talked to as well."""
+            super()._save(output_dir, state_dict)
+            if args.should_save:
+                folder, old = Path(output_dir), self.model.generation_config.to_dict()
+                (folder / "training_args.bin").unlink()  # a pickle
+                chat.tokenizer.save_pretrained(folder)
+                # Older chat models give a temperature without do_sample, which transformers refuses to save
+                old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
+                old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
+                GenerationConfig.from_dict(old).save_pretrained(folder)
+                about = {name: facts.get(name) for name in ("base", "base_fingerprint", "template")}
+                (folder / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(blocks) / args.train_batch_size / args.world_size
+    if 0 < args.warmup_steps < 1 and args.warmup_steps * steps / args.gradient_accumulation_steps < 1:
+        args.warmup_steps = 0  # else the first of a few steps would have the learning rate 0
+    callbacks = [EarlyStoppingCallback(early_stopping_patience)] * bool(early_stopping_patience)
+    trainer = SupervisedTrainer(model, args, partial(collate, examples=examples, padded=padded), blocks, eval_blocks or None, callbacks=callbacks)
+    trainer.model_accepts_loss_kwargs = True  # supervised_forward divides by the supervised tokens of the global batch
+    trainer.in_step, trainer.seconds_evaluating, trainer.seen = [], 0.0, torch.zeros(3).double()  # tokens, supervised tokens, sum of losses of all ranks
+    return trainer
+
+
+def make_arguments(settings: dict, precision: str):
+    """transformers' TrainingArguments, and the precision: auto is bf16 where the GPU computes in it (not where it is emulated), else fp16, on a CPU fp32."""
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    if not cuda and precision in ("bf16", "fp16"):
+        raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+    if precision == "auto":
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else deepspeed warns that it found no other
+    if not cuda and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():  # accelerate would leave the timeout out on CPUs
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=settings.get("ddp_timeout", 1800)))
+        if "deepspeed" in settings:
+            importlib.import_module("deepspeed").init_distributed("gloo", auto_mpi_discovery=False)
+    try:
+        return TrainingArguments(**settings, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not cuda, dataloader_pin_memory=cuda), precision
+    except ValueError as problem:
+        raise BadInput(f"transformers refuses these flags: {' '.join(str(problem).split())[:300]}") from None
+
+
+def run_training(trainer, checkpoint: str | None) -> dict:
+    """Train, evaluate, draw the loss curve; returns what a training script prints as its last line."""
+    import pandas
+    import torch
+    from matplotlib.figure import Figure
+
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    check_disk(output_dir, 0 if checkpoint else trained * (4 + 12 * ((args.save_total_limit or 5) + 1)))  # fp32 weights and two moments of AdamW
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # tqdm.write prints the losses there; the standard output is for the last line
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (RuntimeError, KeyboardInterrupt) as problem:  # torch.OutOfMemoryError is one; the CPU's allocator and gloo raise it bare
+            raise explain(problem, args, trainer.state.global_step + 1) or problem from None
+        seconds = time.perf_counter() - start - trainer.seconds_evaluating
+        last = trainer.state.log_history[-3:]
+        known = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step and not args.load_best_model_at_end]
+        metrics = known[0] if known else trainer.evaluate() if trainer.eval_dataset else {}
+    if trainer.is_world_process_zero():
+        curves = pandas.DataFrame(trainer.state.log_history).groupby("step").max().filter(["loss", "eval_loss"]).interpolate()
+        axes = curves.plot(ax=Figure(figsize=(7, 4)).subplots(), marker=".", grid=True, ylabel="loss per supervised token")
+        axes.figure.savefig(output_dir / "loss.png", dpi=120)
+    tokens, supervised, loss = trainer.seen.tolist()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+              "train_loss": loss / max(1, supervised), "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+    return report | {name: value for name, value in metrics.items() if name == "eval_bits_per_character"}
+
+
+def save_result(trainer, report: dict) -> None:
+    """Write the model or adapter with its tokenizer into output_dir, read back before it counts; print the report."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    args, model = trainer.args, trainer.model
+    output_dir, saving_in = Path(args.output_dir), Path(args.output_dir, ".saving")
+    if not isinstance(model, PeftModel) and not args.deepspeed:
+        # fp32 masters have done their work: what was computed with in each step were their 16-bit roundings
+        model.to(torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+    trainer.save_model(str(saving_in))  # under ZeRO-3 this gathers the shards, so every rank takes part
+    if trainer.is_world_process_zero():
+        saved = {name: tensor for file in saving_in.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        adapter = get_peft_model_state_dict(model, save_embedding_layers=False) if isinstance(model, PeftModel) else {}
+        wanted = sum(getattr(p, "ds_numel", p.numel()) for p in (adapter or dict(model.named_parameters())).values())
+        if (size := sum(tensor.numel() for tensor in saved.values())) < wanted:  # by size: transformers stores experts under other names
+            raise RunStopped(f"{saving_in} holds {size:,} weights after saving, {wanted:,} were trained or belong to the model")
+        if adapter and not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):  # tloen/alpaca-lora#446
+            raise RunStopped(f"the adapter in {saving_in} changes nothing, all its B matrices are zero: was the learning rate zero, or no step made?")
+        for file in sorted(saving_in.iterdir(), key=lambda file: not file.name.endswith(".safetensors")):
+            file.replace(output_dir / file.name)
+        saving_in.rmdir()
         print(json.dumps(report, ensure_ascii=False))
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

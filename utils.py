@@ -2,13 +2,12 @@
 
 In the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask), windows,
 examples and packing; then records, what a row of a file becomes; then the command line and what is checked before anything
-expensive. Nothing here imports torch or transformers at its head, so that a mistyped flag is refused before the seconds
-that those take.
+expensive. Nothing here imports torch, transformers or datasets at its head, so that a mistyped flag is refused before the
+seconds that those take.
 """
 import ast
 import contextlib
 import csv
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -17,7 +16,6 @@ import inspect
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import pprint
 import random
@@ -28,12 +26,10 @@ import tempfile
 import time
 import typing
 import warnings
-from array import array
 from collections import Counter
 from pathlib import Path
 
 import fire
-import numpy
 
 
 class BadInput(ValueError):
@@ -85,7 +81,7 @@ TEMPLATES = {
         "{% elif message.role == 'assistant' %}{% generation %}{{ message.content ~ '\\n\\n<|End|>' }}{% endgeneration %}" + _OTHER_ROLE,
         stop="<|End|>", special_tokens=("<|System|>", "<|Human|>", "<|YaYi|>", "<|End|>")),
     "chatml": Template(
-        "{% for message in messages %}{{ '<|im_start|>' ~ ('function' if message.role == 'tool' else message.role) ~ '\\n' }}"
+        "{% for message in messages if message.content or message.role != 'system' %}{{ '<|im_start|>' ~ ('function' if message.role == 'tool' else message.role) ~ '\\n' }}"
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content ~ '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message.content ~ '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
@@ -94,24 +90,25 @@ TEMPLATES = {
         _BEGIN + "{{ system ~ '\\n' if system }}{% for message in messages %}"
         "{% if message.role == 'user' %}{{ '<human>:' ~ message.content.strip() ~ '\\n<bot>:' }}"
         "{% elif message.role == 'assistant' %}{% generation %}{{ message.content.strip() ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE),
-    "llama2_chinese": Template(  # LlamaFamily/Llama-Chinese
-        "{% for message in messages %}"
+    "llama2_chinese": Template(  # LlamaFamily/Llama-Chinese; the blank before an answer is the answer's, as in llama2
+        "{% for message in messages if message.content or message.role != 'system' %}"
         "{% if message.role in ('system', 'user') %}"
         "{{ bos_token ~ ('Human' if message.role == 'user' else 'System') ~ ': ' ~ message.content ~ '\\n' ~ eos_token }}"
-        "{% elif message.role == 'assistant' %}{{ bos_token ~ 'Assistant: ' }}"
-        "{% generation %}{{ message.content ~ '\\n' ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE +
-        "{% if add_generation_prompt %}{{ bos_token ~ 'Assistant: ' }}{% endif %}"),
+        "{% elif message.role == 'assistant' %}{{ bos_token ~ 'Assistant:' }}"
+        "{% generation %}{{ ' ' ~ message.content ~ '\\n' ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE +
+        "{% if add_generation_prompt %}{{ bos_token ~ 'Assistant:' }}{% endif %}"),
     "llama2": Template(  # meta-llama/llama
         _BEGIN.removeprefix("{{ bos_token }}") + "{% for message in messages %}"
         "{% if message.role == 'user' %}"
-        "{{ bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' if system and loop.first else '') ~ message.content ~ ' [/INST] ' }}"
-        "{% elif message.role == 'assistant' %}{% generation %}{{ message.content ~ ' ' ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE),
+        "{{ bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' if system and loop.first else '') ~ message.content ~ ' [/INST]' }}"
+        "{% elif message.role == 'assistant' %}{% generation %}{{ ' ' ~ message.content ~ ' ' ~ eos_token }}{% endgeneration %}" + _OTHER_ROLE),
     "plain": Template(  # the text itself, for a base model
         "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content ~ eos_token }}{% endgeneration %}"
         "{% else %}{{ message.content }}{% endif %}{% endfor %}"),
 }
 _ANCHOR = "\U000f1000"  # private use: a control token that no text spells, to tokenize what follows a control token
 _SPLIT = "\U000f1001"  # put inside a control token that a text spells, so that the text stays text
+SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]  # dialogue
 
 
 class Chat:
@@ -151,27 +148,27 @@ class Chat:
         self.control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_pattern = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
         self.text_tokenizer = _text_tokenizer(tokenizer)
-        self.ids_of: dict[str, list[int]] = {}
-        self.crossed = 0
-        answer = self.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[1][0]
-        if answer[-1] not in self.control.values():
-            raise BadInput(f"the chat template of {name} ends an answer with no special token, so a model tuned with it "
-                           f"would never stop: choose one with --template")
-        self.stop_ids = sorted({answer[-1], tokenizer.eos_token_id})
+        answer = self.encode(SHORTEST)[1][0]
+        self.stops = answer[-1] in self.control.values()
+        self.stop_ids = sorted({answer[-1] if self.stops else tokenizer.eos_token_id, tokenizer.eos_token_id})
         self.crossed = 0
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
         """Token ids in pieces (ids, are they trained): prompt, answer, prompt, answer, ..., what follows the last."""
-        return self._ids(self._plan(self._segments(messages, add_generation_prompt)))
-
-    def encode_batch(self, conversations: list[list[dict]]) -> list[list[tuple[list[int], bool]]]:
-        """encode() of many conversations: their texts are tokenized in parallel, by the threads of `tokenizers`."""
-        plans = [self._plan(self._segments(messages)) for messages in conversations]
-        texts = list({t for plan in plans for steps, _ in plan for step in steps if not isinstance(step, int)
-                      for t in (step[0], step[0] + step[1])})
-        encodings = self.text_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        self.ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings)}
-        return [self._ids(plan) for plan in plans]
+        pieces, before, start = [], "", []  # the text since the last control token, and its ids
+        for text, trained in self._segments(messages, add_generation_prompt):
+            ids = []
+            for i, part in enumerate(self.control_pattern.split(text)):
+                if i % 2:
+                    ids.append(self.control[part])
+                    before, start = _ANCHOR, self._text_ids(_ANCHOR)
+                elif part:
+                    part = part.replace(_SPLIT, "")
+                    before, whole = before + part, self._text_ids(before + part)
+                    ids += whole[len(start):] if whole[: len(start)] == start else self._apart(part)
+                    start = whole
+            pieces.append((ids, trained))
+        return pieces
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans of its {% generation %} blocks."""
@@ -179,7 +176,8 @@ class Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         guard = functools.partial(self.control_pattern.sub, lambda match: match[0][0] + _SPLIT + match[0][1:])
-        guarded = [{key: text if key == "role" else guard(text) for key, text in message.items()} for message in messages]
+        guarded = [{key: text if key == "role" else guard(text) for key, text in message.items()} for message in messages
+                   if message["role"] != "system" or message["content"]]
         try:
             texts, spans = render_jinja_template([guarded], chat_template=self.jinja, return_assistant_tokens_mask=self.marked,
                                                  add_generation_prompt=add_generation_prompt, **self.tokenizer.special_tokens_map)
@@ -187,7 +185,7 @@ class Chat:
             raise BadInput(f"template {self.template}: {problem}") from None
         return texts[0], spans[0] if spans else []
 
-    def _segments(self, messages: list[dict], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
+    def _segments(self, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
         """The rendered text in pieces (text, is it trained), cut before each answer and behind its stop token."""
         text, spans = self.render(messages, add_generation_prompt)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -227,41 +225,17 @@ class Chat:
             return [(max(start, prompt), stop) for (start, stop), (prompt, _) in zip(spans, added)]
         return added
 
-    def _plan(self, segments: list[tuple[str, bool]]) -> list[tuple[list, bool]]:
-        """Each segment as steps: the id of a control token, or (text since the last control token, text to add)."""
-        plan, before = [], ""
-        for text, trained in segments:
-            steps = []
-            for i, piece in enumerate(self.control_pattern.split(text)):
-                if i % 2:
-                    steps.append(self.control[piece])
-                    before = _ANCHOR
-                elif piece:
-                    piece = piece.replace(_SPLIT, "")
-                    steps.append((before, piece))
-                    before += piece
-            plan.append((steps, trained))
-        return plan
-
-    def _ids(self, plan: list[tuple[list, bool]]) -> list[tuple[list[int], bool]]:
-        return [([i for step in steps for i in ([step] if isinstance(step, int) else self._continue(*step))], trained)
-                for steps, trained in plan]
-
-    def _continue(self, before: str, text: str) -> list[int]:
-        """Ids of `text` where it continues `before`, whose ids are given: no merge across the border, no blank before it."""
-        for context in (before, _ANCHOR + "\n", _ANCHOR + "。"):
+    def _apart(self, text: str) -> list[int]:
+        """Ids of a text that would merge with what precedes it: tokenized behind something that it does not merge with."""
+        self.crossed += 1
+        for context in (_ANCHOR + "\n", _ANCHOR + "。"):
             start, whole = self._text_ids(context), self._text_ids(context + text)
             if whole[: len(start)] == start:
                 return whole[len(start):]
-            self.crossed += context == before
         raise BadInput(f"the tokenizer in {self.tokenizer.name_or_path} cannot tokenize {text[:20]!r} apart from what precedes it")
 
     def _text_ids(self, text: str) -> list[int]:
-        if len(self.ids_of) > 20_000:
-            self.ids_of.clear()
-        if text not in self.ids_of:
-            self.ids_of[text] = self.text_tokenizer.encode(text, add_special_tokens=False).ids if text else []
-        return self.ids_of[text]
+        return self.text_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _text_tokenizer(tokenizer):
@@ -275,152 +249,20 @@ def _text_tokenizer(tokenizer):
     return Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
 
 
-# ---- examples ----
-@dataclasses.dataclass
-class Examples:
-    """Tokenized examples, end to end in flat arrays (memory-mapped from the cache) with what was found on the way."""
-
-    input_ids: numpy.ndarray  # (N,) int32, N tokens in all
-    supervised: numpy.ndarray  # (N,) bool: is the token trained
-    starts: numpy.ndarray  # (E + 1,) int64: example e is [starts[e], starts[e + 1])
-    records: numpy.ndarray  # (E,) int64: number of the record that example e comes from
-    counts: dict
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, e: int) -> dict[str, list[int]]:
-        span = slice(self.starts[e], self.starts[e + 1])
-        ids, supervised = self.input_ids[span].tolist(), self.supervised[span].tolist()
-        labels = [i if trained else IGNORE_INDEX for i, trained in zip(ids, supervised)]
-        return {"input_ids": ids, "labels": labels, "record": int(self.records[e])}
-
-    @property
-    def lengths(self) -> numpy.ndarray:
-        return self.starts[1:] - self.starts[:-1]
-
-
-class JoinedExamples:
-    """The examples of several files as if they were one; records are numbered on."""
-
-    def __init__(self, parts: list[Examples]):
-        self.parts = parts
-        self.firsts = numpy.cumsum([0] + [len(part) for part in parts])  # first example of each part
-        self.lengths = numpy.concatenate([part.lengths for part in parts])
-        before = numpy.cumsum([0] + [int(part.records[-1]) + 1 for part in parts])
-        self.records = numpy.concatenate([part.records + first for part, first in zip(parts, before)])
-        notes = sum((Counter(part.counts["notes"]) for part in parts), Counter())
-        self.counts = {key: sum(part.counts[key] for part in parts) for key in parts[0].counts if key != "notes"} | {"notes": dict(notes)}
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, e: int) -> dict[str, list[int]]:
-        part = int(numpy.searchsorted(self.firsts, e, "right")) - 1
-        return self.parts[part][e - int(self.firsts[part])] | {"record": int(self.records[e])}
-
-
-def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_records: bool = False,
-                     unescape_newlines: bool = False, document_separator: str | None = None) -> Examples:
-    """The examples of a file in file order, each of at most max_length tokens; from the cache where nothing changed.
-
-    The cache is keyed by content: the bytes of data and tokenizer, the template, the flags above and our code. It is
-    written as it is made and read through the page cache, so a corpus may be larger than the memory.
-
-    Args:
-        document_separator: The file holds documents for pretraining; see numbered_records.
-    """
-    from tqdm import tqdm
-
-    shortest = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    if (frame := sum(len(ids) for ids, _ in chat.encode(shortest))) > max_length:
-        raise BadInput(f"--max_length={max_length} is below the {frame} tokens of the shortest dialogue in template {chat.template}")
-    flags = repr((chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator))
-    tokenizer = chat.tokenizer.backend_tokenizer.to_str() + repr(chat.tokenizer.special_tokens_map)
-    parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), tokenizer, flags
-    folder = cache_folder() / "examples" / hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    while int(os.environ.get("LOCAL_RANK", 0)) and not folder.is_dir():  # the first rank of the machine makes it; torchrun ends us if it cannot
-        time.sleep(0.2)
-    if not folder.is_dir():
-        lengths, numbers, counts, notes = array("q", [0]), array("q"), Counter(), Counter()
-        rows = numbered_records(data_path, skip_bad_records, unescape_newlines, notes, document_separator)
-        rows = iter(tqdm(rows, f"tokenizing {Path(data_path).name}", unit=" records"))
-        batches = iter(lambda: list(itertools.islice(rows, 250)), [])
-        global _job  # what the forked workers inherit, rather than a pickled tokenizer with every batch
-        cut = cut_document if document_separator else cut_dialogue
-        _job = functools.partial(_tokenize_batch, chat, cut, max_length, skip_bad_records, data_path)
-        with (whole_folder(folder) as unfinished, open(unfinished / "input_ids", "wb") as input_ids, open(unfinished / "supervised", "wb") as supervised,
-              multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool):
-            for batch in pool.imap(_run_job, batches):
-                batch[0].tofile(input_ids)
-                supervised.write(batch[1])
-                counts.update(batch[4] | {"supervised_tokens": sum(batch[1])})
-                lengths.extend(batch[2])
-                numbers.extend(batch[3])
-            starts = numpy.cumsum(lengths, dtype="int64")
-            starts.tofile(unfinished / "starts")
-            numpy.array(numbers).tofile(unfinished / "records")
-            counts = dict(counts) | {"examples": len(numbers), "tokens": int(starts[-1]), "notes": +notes}
-            (unfinished / "counts.json").write_text(json.dumps(counts), "utf-8")
-    counts = json.loads((folder / "counts.json").read_text("utf-8"))
-    if not counts["examples"]:
-        raise BadInput(f"{data_path} holds nothing to train on: all {counts['records']} records were dropped")
-    kinds = {"input_ids": "int32", "supervised": "bool", "starts": "int64", "records": "int64"}
-    return Examples(*(numpy.memmap(folder / name, kind, "r") for name, kind in kinds.items()), counts)
-
-
-def tokenize_documents(path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, document_separator: str = "line"):
-    """The examples of a file of documents, or of all files of a folder as one: what is tokenized once is kept file by file."""
-    parts = [tokenize_records(file, chat, max_length, skip_bad_records, False, document_separator) for file in document_files(path)]
-    return parts[0] if len(parts) == 1 else JoinedExamples(parts)
-
-
-def _run_job(batch):
-    return _job(batch)
-
-
-def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, batch: list[tuple[int, dict]]):
-    """(input_ids, supervised, lengths, record numbers, counts) of a batch of numbered records."""
-    input_ids, supervised, lengths, numbers = array("i"), bytearray(), array("q"), array("q")
-    counts = Counter({key: 0 for key in ("records", "refused", "dropped", "windows", "answers", "answers_cut", "prompts_cut", "answer_tokens")})
-    try:
-        encoded = chat.encode_batch([record["messages"] for _, record in batch])
-    except BadInput:
-        encoded = [None] * len(batch)  # the template refuses one of them: look which
-    for (number, record), pieces in zip(batch, encoded):
-        try:
-            examples = list(cut(chat, record["messages"], pieces or chat.encode(record["messages"]), max_length, counts))
-        except BadInput as problem:
-            if not skip_bad_records:
-                raise BadInput(f"{data_path}, record {number}: {problem}") from None
-            print(f"dropped {data_path}, record {number}: {problem}", file=sys.stderr)
-            counts["refused"] += 1
-            continue
-        counts["records"] += 1
-        for ids, trained in examples:
-            if any(trained):
-                input_ids.extend(ids)
-                supervised.extend(trained)
-                lengths.append(len(ids))
-                numbers.append(number)
-            else:
-                counts["dropped"] += 1
-    return input_ids, supervised, lengths, numbers, counts
-
-
-def cut_dialogue(chat: Chat, messages: list[dict], pieces: list, max_length: int, counts: Counter):
+# ---- windows ----
+def cut_dialogue(chat: Chat, messages: list[dict], max_length: int, counts: Counter):
     """Yield (ids, trained) of a dialogue: itself where it fits, else windows of whole rounds.
 
     Each window holds the system text, as many untrained rounds as fit, and before them as many earlier rounds as still
     fit for context, so that every answer is trained once. Where one round alone is too long its prompt gives way, down
     to a quarter of the window and from its middle, and then the answer is cut, without a stop token.
-
-    Args:
-        pieces: What chat.encode(messages) gives.
     """
+    pieces = chat.encode(messages)
     counts["answers"] += sum(trained for _, trained in pieces)
     counts["answer_tokens"] += sum(len(ids) for ids, trained in pieces if trained)
-    if _size(pieces) <= max_length:
+    # what a template writes behind the last answer, a line break, may be cut off
+    fits = lambda pieces: sum(len(ids) for ids, _ in pieces[:-1]) <= max_length
+    if fits(pieces):
         yield _join(pieces, max_length)
         return
     system, rounds = messages[: messages[0]["role"] == "system"], [[]]
@@ -433,11 +275,11 @@ def cut_dialogue(chat: Chat, messages: list[dict], pieces: list, max_length: int
     begin = end - 1 if chat.last_round_only else 0
     while begin < end:
         first, last, pieces = begin, begin + 1, encode(begin, begin + 1)
-        while last < end and _size(longer := encode(first, last + 1)) <= max_length:
+        while last < end and fits(longer := encode(first, last + 1)):
             last, pieces = last + 1, longer
-        while first > 0 and _size(longer := encode(first - 1, last)) <= max_length:
+        while first > 0 and fits(longer := encode(first - 1, last)):
             first, pieces = first - 1, longer
-        if _size(pieces) > max_length:
+        if not fits(pieces):
             (prompt, _), (answer, _), *_ = pieces
             room = min(len(prompt), max(max_length - len(answer), max_length // 4))
             counts["prompts_cut"] += room < len(prompt)
@@ -448,27 +290,21 @@ def cut_dialogue(chat: Chat, messages: list[dict], pieces: list, max_length: int
         begin = last
 
 
-def cut_document(chat: Chat, messages: list[dict], pieces: list, max_length: int, counts: Counter):
+def cut_document(chat: Chat, messages: list[dict], max_length: int, counts: Counter):
     """Yield (ids, trained) of a document for pretraining: itself where it fits, else windows that train each token once.
 
     The first token of an example is never a label, so a window begins with the last token of the one before.
     """
+    ids, trained = _join(chat.encode(messages))
     counts["answers"] += 1
-    counts["answer_tokens"] += sum(len(ids) for ids, trained in pieces if trained)
-    ids = [i for piece, _ in pieces for i in piece]
-    trained = [answer for piece, answer in pieces for _ in piece]
+    counts["answer_tokens"] += sum(trained)
     for begin in range(0, max(1, len(ids) - 1), max_length - 1):
         counts["windows"] += begin > 0
         window = trained[begin : begin + max_length]
         yield ids[begin : begin + max_length], [answer and (place > 0 or begin == 0) for place, answer in enumerate(window)]
 
 
-def _size(pieces: list) -> int:
-    """Tokens up to the end of the last answer: the line break that some templates write behind it may be cut off."""
-    return sum(len(ids) for ids, _ in pieces[:-1])
-
-
-def _join(pieces: list, max_length: int, context: int = 0) -> tuple[list[int], list[bool]]:
+def _join(pieces: list, max_length: int | None = None, context: int = 0) -> tuple[list[int], list[bool]]:
     """Pieces as one example; the first `context` answers are only read."""
     ids, trained = [], []
     for piece, answer in pieces:
@@ -476,6 +312,96 @@ def _join(pieces: list, max_length: int, context: int = 0) -> tuple[list[int], l
         trained += [answer and context <= 0] * len(piece)
         context -= answer
     return ids[:max_length], trained[:max_length]
+
+
+# ---- examples ----
+def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, unescape_newlines: bool = False,
+                     document_separator: str | None = None):
+    """(examples, counts) of a file, in file order, each of at most max_length tokens; from the cache where nothing changed.
+
+    `examples` is a datasets.Dataset, mapped from the disk, so that a corpus may be larger than the memory. Its columns are
+    input_ids, labels (IGNORE_INDEX where nothing is trained), record (number of the record in the file) and length. The cache
+    is keyed by content: the bytes of data and tokenizer, the template, the flags above and our code.
+
+    Args:
+        document_separator: The file holds documents for pretraining; see numbered_records.
+    """
+    frame = sum(len(ids) for ids, _ in chat.encode(SHORTEST))
+    if frame > max_length:
+        raise BadInput(f"--max_length={max_length} is below the {frame} tokens of the shortest dialogue in template {chat.template}")
+    if not chat.stops:
+        raise BadInput(f"the chat template of {chat.tokenizer.name_or_path} ends an answer with no special token, so a model tuned with it "
+                       f"would never stop: choose one with --template")
+    from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+    from filelock import FileLock
+
+    def read():
+        notes = Counter()
+        for number, record in numbered_records(data_path, skip_bad_records, unescape_newlines, notes, document_separator):
+            yield {"number": number, "record": json.dumps(record), "counts": json.dumps(notes)}
+            notes.clear()
+        yield {"number": -1, "record": "", "counts": json.dumps(notes)}  # what was noted behind the last record
+
+    flags = repr((chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator))
+    tokenizer = chat.tokenizer.backend_tokenizer.to_str() + repr(chat.tokenizer.special_tokens_map)
+    parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), tokenizer, flags
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]  # datasets adds to it and takes 64 at most
+    folder = cache_folder() / "examples" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # of several ranks one works, the others find it done
+        try:
+            records = Dataset.from_generator(read, Features(number=Value("int64"), record=Value("string"), counts=Value("string")),
+                                             cache_dir=str(folder), fingerprint=key)
+        except DatasetGenerationError as problem:
+            raise problem.__cause__ from None
+        workers = min(len(os.sched_getaffinity(0)), len(records) // 250)
+        examples = records.map(
+            functools.partial(_tokenize_batch, chat, cut_document if document_separator else cut_dialogue, max_length, skip_bad_records, data_path),
+            batched=True, batch_size=250, num_proc=workers if workers > 1 else None, remove_columns=["number"], new_fingerprint=key,
+            features=Features(input_ids=List(Value("int32")), labels=List(Value("int32")), record=Value("int64"), length=Value("int32"),
+                              counts=Value("string")), desc=f"tokenizing {Path(data_path).name}")
+    counts = sum((Counter(json.loads(text)) for text in examples["counts"] if text), Counter())
+    if not counts["examples"]:
+        raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped")
+    return examples.remove_columns("counts").select([e for e, length in enumerate(examples["length"]) if length]), counts
+
+
+def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, batch: dict) -> dict[str, list]:
+    """The examples of a batch of records, and an empty one behind them that holds what was counted on the way."""
+    examples, counts = [], sum((Counter(json.loads(text)) for text in batch["counts"]), Counter())
+    for number, record in zip(batch["number"], batch["record"]):
+        if not record:
+            continue
+        try:
+            found = list(cut(chat, json.loads(record)["messages"], max_length, counts))
+        except BadInput as problem:  # the template has no place for a role
+            if not skip_bad_records:
+                raise BadInput(f"{data_path}, record {number}: {problem}") from None
+            print(f"dropped {data_path}, record {number}: {problem}", file=sys.stderr)
+            counts["refused"] += 1
+            continue
+        trainable = [(ids, trained) for ids, trained in found if any(trained)]
+        counts.update(records=1, examples=len(trainable), dropped=len(found) - len(trainable), tokens=sum(len(ids) for ids, _ in trainable),
+                      supervised_tokens=sum(sum(trained) for _, trained in trainable))
+        examples += [(ids, [i if answer else IGNORE_INDEX for i, answer in zip(ids, trained)], number, len(ids), "") for ids, trained in trainable]
+    return dict(zip(("input_ids", "labels", "record", "length", "counts"), map(list, zip(*examples, ([], [], -1, 0, json.dumps(counts))))))
+
+
+def tokenize_documents(path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, document_separator: str = "line"):
+    """(examples, counts) of a file of documents, or of all files of a folder as one, with its records numbered on.
+
+    What is tokenized once is kept file by file.
+    """
+    import numpy
+    from datasets import concatenate_datasets
+
+    parts = [tokenize_records(file, chat, max_length, skip_bad_records, False, document_separator) for file in document_files(path)]
+    records = [numpy.asarray(examples.with_format("numpy")["record"][:]) for examples, _ in parts]
+    before = numpy.cumsum([0] + [numbers[-1] + 1 for numbers in records])
+    records = numpy.concatenate([numbers + first for numbers, first in zip(records, before)])
+    examples = concatenate_datasets([examples.remove_columns("record") for examples, _ in parts]).add_column("record", records)
+    return examples, sum((counts for _, counts in parts), Counter())
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -501,42 +427,33 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return blocks
 
 
-def fill(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Examples by block as `pack`, but in their order: a block ends where the next example does not fit."""
-    blocks, room = [], 0
-    for e, length in enumerate(lengths):
-        if length > room:
-            blocks.append([])
-            room = capacity
-        blocks[-1].append(e)
-        room -= length
-    return blocks
-
-
-def summarize(counts: dict) -> str:
-    """The line that a run prints before training, and the lines of what is odd in the data."""
-    kept = counts["supervised_tokens"] / max(1, counts["answer_tokens"])
-    lines = [f"{counts['records']:,} records, {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
-             f"{counts['supervised_tokens']:,} supervised ({kept:.1%} of all answer tokens), {counts['answers_cut']:,} answers "
-             f"and {counts['prompts_cut']:,} prompts cut, {counts['dropped']:,} examples with nothing to train and "
-             f"{counts['refused'] + counts['notes'].get('bad record (dropped)', 0):,} bad records dropped"]
-    return "\n".join(lines + [f"  {count:,} x {note}" for note, count in sorted(counts["notes"].items())])
-
-
-def hold_out(examples: Examples, eval_size: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Examples to train on and to evaluate on; all examples of one record go to one side.
+def hold_out(examples, eval_size: float, seed: int):
+    """Numbers of the examples to train on and of those to evaluate on; all examples of one record go to one side.
 
     Args:
         eval_size: Records to hold out: a number, or a share below 1.
     """
-    records = numpy.unique(examples.records)
+    import numpy
+
+    of_example = numpy.asarray(examples.with_format("numpy")["record"][:])
+    records = numpy.unique(of_example)
     count = round(eval_size * len(records)) if 0 < eval_size < 1 else int(eval_size)
     if eval_size and not count:
         raise BadInput(f"--eval_size={eval_size} holds out no record of {len(records)}: give a larger share, or a number")
     if count < 0 or count >= len(records):
         raise BadInput(f"--eval_size={eval_size} leaves nothing to train on: the data has {len(records)} records")
-    held = numpy.isin(examples.records, records[sorted(random.Random(seed).sample(range(len(records)), count))])
+    held = numpy.isin(of_example, records[sorted(random.Random(seed).sample(range(len(records)), count))])
     return numpy.flatnonzero(~held), numpy.flatnonzero(held)
+
+
+def summarize(counts: Counter) -> str:
+    """The line that a run prints before training, and the lines of what is odd in the data: the notes, keys of several words."""
+    kept = counts["supervised_tokens"] / max(1, counts["answer_tokens"])
+    lines = [f"{counts['records']:,} records, {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
+             f"{counts['supervised_tokens']:,} supervised ({kept:.1%} of all answer tokens), {counts['answers_cut']:,} answers "
+             f"and {counts['prompts_cut']:,} prompts cut, {counts['dropped']:,} examples with nothing to train and "
+             f"{counts['refused'] + counts['bad record (dropped)']:,} bad records dropped"]
+    return "\n".join(lines + [f"  {count:,} x {note}" for note, count in sorted(counts.items()) if " " in note])
 
 
 # ---- records ----
@@ -548,7 +465,13 @@ LATIN_MOJIBAKE = re.compile("(?:[ä-é][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–-›
 
 
 def read_records(path: str, *, skip_bad_records: bool = False, unescape_newlines: bool = False, notes: Counter | None = None):
-    """Yield {"messages": [{"role", "content"}, ...]} for every record of a JSON, JSONL, CSV or Parquet file.
+    """Yield {"messages": [{"role", "content"}, ...]} for every record of a JSON, JSONL, CSV or Parquet file; see numbered_records."""
+    return (record for _, record in numbered_records(path, skip_bad_records, unescape_newlines, notes))
+
+
+def numbered_records(path: str, skip_bad_records: bool = False, unescape_newlines: bool = False, notes: Counter | None = None,
+                     document_separator: str | None = None):
+    """Yield (number of the record in the file, from 0; {"messages": [{"role", "content"}, ...]}).
 
     The schema is told from the keys of each record (sample/README.md shows them all). The user turn of an alpaca record
     with an `input` holds "instruction\\ninput", and the input once more as "input", for templates that set it apart.
@@ -557,28 +480,16 @@ def read_records(path: str, *, skip_bad_records: bool = False, unescape_newlines
         skip_bad_records: Drop bad records and print how many, why, and the first three; else BadInput names the first.
         unescape_newlines: Turn a literal backslash and n into a line break.
         notes: Counts here what was odd but can be trained on (joined turns, empty answers, unknown columns, ...).
-    """
-    for _, record in numbered_records(path, skip_bad_records, unescape_newlines, notes):
-        yield record
-
-
-def numbered_records(path, skip_bad_records=False, unescape_newlines=False, notes=None, document_separator=None):
-    """As read_records, yielding (number of the record in the file, from 0; record).
-
-    Args:
         document_separator: Read documents for pretraining: line or blank_line is what parts them in a .txt file.
     """
     notes = Counter() if notes is None else notes
-    bad: list[str] = []
-    number = -1
     turns_of = document_turns if document_separator else row_turns
-    rows = read_texts(path, document_separator, notes) if document_separator and path.endswith(".txt") else read_rows(path, notes)
-    for number, row in enumerate(rows):
+    bad, number = [], -1
+    for number, row in enumerate(read_rows(path, notes, document_separator)):
         try:
             messages = clean_messages(turns_of(row, notes), unescape_newlines, notes)
             while messages and messages[-1]["role"] != "assistant":
-                notes[f"trailing {messages[-1]['role']} turn (dropped)"] += 1
-                messages.pop()
+                notes[f"trailing {messages.pop()['role']} turn (dropped)"] += 1
             if not messages:
                 raise BadInput("it has no answer to train on")
             yield number, {"messages": messages}
@@ -594,10 +505,10 @@ def numbered_records(path, skip_bad_records=False, unescape_newlines=False, note
         print(f"dropped {len(bad)} bad records of {number + 1}:", *bad[:3], sep="\n  ", file=sys.stderr)
 
 
-def read_rows(path: str, notes: Counter):
+def read_rows(path: str, notes: Counter, document_separator: str | None = None):
     """Yield the rows of a file as dictionaries, before anything is known of their schema."""
     if not os.path.isfile(path):
-        raise BadInput(f"{path} does not exist" if not os.path.exists(path) else f"{path} is a folder, a file is wanted")
+        raise BadInput(f"{path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
     if path.endswith(".parquet"):
         import pyarrow.parquet
 
@@ -606,42 +517,29 @@ def read_rows(path: str, notes: Counter):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowInvalid, OSError) as problem:
             raise BadInput(f"{path} is not whole Parquet: {str(problem).splitlines()[0]}") from None
-        return
-    if path.endswith(".csv"):
+    elif path.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
         try:
             yield from csv.DictReader(read_lines(path, notes), strict=True)
         except csv.Error as problem:
             raise BadInput(f"{path} is not whole CSV ({problem}): is it cut off, or a quotation mark not doubled?") from None
-        return
-    lines = enumerate(read_lines(path, notes), 1)
-    begun = False
-    for number, line in lines:
-        if not begun and line.lstrip().startswith("["):
+    elif path.endswith(".txt") and document_separator:
+        for blank, lines in itertools.groupby(read_lines(path, notes), key=lambda line: not line.strip()):
+            if not blank:
+                yield from ({"text": text.rstrip("\r\n")} for text in (lines if document_separator == "line" else ["".join(lines)]))
+    else:
+        lines, begun = enumerate(read_lines(path, notes), 1), False
+        for number, line in lines:
+            if not line.strip():
+                continue
+            array = not begun and line.lstrip().startswith("[")  # it is parsed as a whole
+            text, begun = line + "".join(rest for _, rest in lines) if array else line, True
             try:
-                yield from json.loads("\n" * (number - 1) + line + "".join(rest for _, rest in lines))
+                found = json.loads(text)
             except json.JSONDecodeError as problem:
-                raise BadInput(f"{path}, line {problem.lineno}: not whole JSON ({problem.msg}): is the file cut off?") from None
-        elif line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise BadInput(f"{path}, line {number}: not JSON ({problem.msg}): a .json or .jsonl file holds "
-                               f"one array, or one object a line") from None
-        begun = begun or bool(line.strip())
-
-
-def read_texts(path: str, document_separator: str, notes: Counter):
-    """Yield the documents of a .txt file as {"text"}: one a line, or with blank lines between them."""
-    held: list[str] = []
-    for line in read_lines(path, notes):
-        if line.strip():
-            held.append(line)
-        if held and (document_separator == "line" or not line.strip()):
-            yield {"text": "".join(held).rstrip("\r\n")}
-            held = []
-    if held:
-        yield {"text": "".join(held).rstrip("\r\n")}
+                raise BadInput(f"{path}, line {number + problem.lineno - 1}: not whole JSON ({problem.msg}): is it cut off? "
+                               f"A .json or .jsonl file holds one array, or one object a line") from None
+            yield from found if array else [found]
 
 
 def read_lines(path: str, notes: Counter):
@@ -651,12 +549,10 @@ def read_lines(path: str, notes: Counter):
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as problem:
-                try:
-                    data.decode("gb18030")
-                    raise BadInput(f"{path}, line {number}: this is not UTF-8 but looks like GBK: mend it with "
-                                   f"iconv -f GB18030 -t UTF-8 {path} > new_file") from None
-                except UnicodeDecodeError:
+                if "\ufffd" in data.decode("gb18030", "replace"):
                     raise BadInput(f"{path}, line {number}: its byte {problem.start} is not UTF-8") from None
+                raise BadInput(f"{path}, line {number}: this is not UTF-8 but looks like GBK: mend it with "
+                               f"iconv -f GB18030 -t UTF-8 {path} > new_file") from None
             notes["byte order mark (dropped)"] += number == 1 and line.startswith("\ufeff")
             yield line.removeprefix("\ufeff") if number == 1 else line
 
@@ -683,23 +579,8 @@ def document_turns(row: dict, notes: Counter) -> list[tuple]:
     text = next((name for name in ("text", "completion", "content") if row.get(name) is not None), None)
     if text is None:
         raise BadInput(f"no document: it needs 'text', or 'context' and 'completion' (it has {', '.join(map(str, row))})")
-    for key in row.keys() - {text, "context"}:
-        notes[f"unknown column {key!r} (not used)"] += 1
+    notes.update(f"unknown column {key!r} (not used)" for key in row.keys() - {text, "context"})
     return [("user", row.get("context") or ""), ("assistant", row[text])]
-
-
-def holds_text(path: str) -> bool:
-    """Whether a file or folder holds documents, rather than instructions or dialogues."""
-    if os.path.isdir(path) or path.endswith(".txt"):
-        return True
-    row = next(iter(read_rows(path, Counter())), None)
-    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
-        try:
-            turns_of(row, Counter())
-            return turns_of is document_turns
-        except BadInput:
-            pass
-    return False  # neither: reading it says what is wrong
 
 
 def row_turns(row: dict, notes: Counter) -> list[tuple]:
@@ -707,11 +588,9 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
     if not isinstance(row, dict):
         raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
     row = {key: value for key, value in row.items() if value is not None}
-    known = {"system"}
     turns = [("system", row["system"])] if row.get("system") else []
     if "messages" in row or "conversations" in row:
-        name, role, text = ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
-        known |= {name}
+        name, role, text = known = ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
         if not isinstance(row[name], list):
             raise BadInput(f"{name!r} is a {type(row[name]).__name__}, a list of turns belongs there")
         for turn in row[name]:
@@ -721,13 +600,12 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
                 raise BadInput(f"unknown role {turn[role]!r}; known are {', '.join(ROLES)}")
             turns.append((ROLES[turn[role]], turn[text]))
     elif isinstance(row.get("input"), list) or isinstance(row.get("prompt"), list):  # Chinese-Vicuna chat, Ziya
-        name = "input" if "input" in row else "prompt"
-        known |= {name, "output", "task"}
+        name, *_ = known = ("input" if "input" in row else "prompt", "output", "task")
         if not isinstance(row.get("output"), list) or len(row["output"]) != len(row[name]):
             raise BadInput(f"{name!r} is a list of {len(row[name])} turns, so 'output' must be a list of as many answers")
         turns += [turn for user, answer in zip(row[name], row["output"]) for turn in (("user", user), ("assistant", answer))]
     elif "instruction" in row:
-        known |= {"instruction", "input", "output", "history"}
+        known = ("instruction", "input", "output", "history")
         for pair in row.get("history") or []:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise BadInput("'history' must be a list of [user, answer] pairs")
@@ -735,21 +613,19 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
         turns.append(("user", row["instruction"], row["input"]) if row.get("input") else ("user", row["instruction"]))
         turns += [("assistant", row["output"])] if "output" in row else []
     elif "input" in row and "target" in row:  # Llama2-Chinese, two columns
-        known |= {"input", "target"}
+        known = ("input", "target")
         turns += [("user", row["input"]), ("assistant", row["target"])]
     elif str(row.get("text", "")).lstrip().startswith("<s>"):  # Llama2-Chinese, one column
-        known |= {"text"}
-        turn = re.compile(r"\s*<s>(Human|Assistant|System): (.*?)\n?</s>", re.S)
+        known = ("text",)
         end = 0
-        while match := turn.match(row["text"], end):
+        while match := re.compile(r"\s*<s>(Human|Assistant|System): (.*?)\n?</s>", re.S).match(row["text"], end):
             turns.append(({"Human": "user"}.get(match[1], match[1].lower()), match[2]))
             end = match.end()
         if row["text"][end:].strip():
             raise BadInput(f"'text' breaks the pattern <s>Human: ...\\n</s><s>Assistant: ...\\n</s> at {row['text'][end:end + 30]!r}")
     else:
         raise BadInput(f"no known schema: it has the keys {', '.join(map(str, row))}")
-    for key in row.keys() - known:
-        notes[f"unknown column {key!r} (not used)"] += 1
+    notes.update(f"unknown column {key!r} (not used)" for key in row.keys() - {"system", *known})
     return turns
 
 
@@ -758,9 +634,7 @@ def clean_messages(turns: list[tuple], unescape_newlines: bool, notes: Counter) 
     messages: list[dict] = []
     for role, *texts in turns:
         texts = [clean_text(text, role, unescape_newlines, notes) for text in texts]
-        message = {"role": role, "content": "\n".join(texts)}
-        if len(texts) == 2:
-            message["input"] = texts[1]
+        message = {"role": role, "content": "\n".join(texts)} | ({"input": texts[1]} if len(texts) == 2 else {})
         if role == "system" and messages:
             raise BadInput("a system text that does not stand first")
         if role == "assistant" and not any(m["role"] != "system" for m in messages):
@@ -768,21 +642,9 @@ def clean_messages(turns: list[tuple], unescape_newlines: bool, notes: Counter) 
         elif messages and messages[-1]["role"] == role != "tool":
             notes[f"two {role} turns in a row (joined)"] += 1
             messages[-1] = {"role": role, "content": messages[-1]["content"] + "\n" + message["content"]}
-        else:
+        elif role != "system" or texts[0]:  # an empty system text is none
             messages.append(message)
         notes["empty answer"] += role == "assistant" and not texts[0].strip()
-    return messages
-
-
-def prompt_messages(row: dict) -> list[dict]:
-    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
-    messages = clean_messages(row_turns(row, Counter()), False, Counter())
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] == "system":
-        raise BadInput("it asks nothing")
     return messages
 
 
@@ -792,23 +654,19 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
         raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
     if LATIN_MOJIBAKE.search(text) or "锟斤拷" in text or gbk_mojibake(text):
         raise BadInput(f"the {role} text is UTF-8 that was read in another encoding (mojibake): {text[:40]!r}")
-    if "\ufeff" in text:
-        notes["byte order mark (dropped)"] += 1
-        text = text.replace("\ufeff", "")
+    notes["byte order mark (dropped)"] += "\ufeff" in text
     notes["U+FFFD, a character lost in an earlier conversion"] += "\ufffd" in text
     if "\\n" in text:
         notes["literal \\n in a text" + " (mended)" * unescape_newlines] += 1
         text = text.replace("\\r\\n", "\n").replace("\\n", "\n") if unescape_newlines else text
-    return text
+    return text.replace("\ufeff", "")
 
 
 def gbk_mojibake(text: str) -> bool:
     """Whether a run of Chinese, taken back to GBK bytes, is UTF-8: UTF-8 read as GBK turns 你好 into 浣犲ソ."""
     for run in re.finditer("[\u4e00-\u9fff]{6,60}", text):
-        data = run[0].encode("gb18030")
-        for start in range(3):  # the run may begin inside a character
-            whole = data[start : start + (len(data) - start) // 3 * 3].decode("utf-8", "replace")
-            if re.fullmatch("[\u3000-\u9fff\uff00-\uffef]+", whole):
+        for data in (run[0].encode("gb18030")[start:] for start in range(3)):  # the run may begin inside a character
+            if re.fullmatch("[\u3000-\u9fff\uff00-\uffef]+", data[: len(data) // 3 * 3].decode("utf-8", "replace")):
                 return True
     return False
 
@@ -868,14 +726,10 @@ def convert_flags(main, texts: dict[str, str]) -> dict:
     kinds = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     if len(kinds) < len(parameters):
         kinds = training_argument_kinds() | kinds
-    for name in list(texts):
-        meant = [flag for flag in parameters if flag.startswith(name)]
-        if len(name) == len(meant) == 1:  # fire's help offers -d for --data_path
-            texts[meant[0]] = texts.pop(name)
-        elif name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-            raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: {hint}")
+    for name in texts.keys() - kinds.keys():
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: {hint}")
     for name, p in parameters.items():
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in texts:
             about = re.search(rf"^ +{name}: (.*)", main.__doc__, re.M)
@@ -885,9 +739,8 @@ def convert_flags(main, texts: dict[str, str]) -> dict:
 
 def convert_flag(name: str, text: str, kind):
     """`text` as the type that `kind`, an annotation or its source, asks for; BadInput if it cannot be."""
-    literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
-    if literals:
-        choices = {str(choice): choice for choice in typing.get_args(literals[0])}
+    for literal in (part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal):
+        choices = {str(choice): choice for choice in typing.get_args(literal)}
         if text not in choices:
             raise BadInput(f"--{name}={text} is not one of {', '.join(choices)}")
         return choices[text]
@@ -896,19 +749,14 @@ def convert_flag(name: str, text: str, kind):
         return None
     if "bool" in words and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for word, number in (("int", int), ("float", float)):
+    for word, convert in (("int", int), ("float", float), ("str", str)):
         if word in words:
-            try:
-                return number(text)
-            except ValueError:
-                pass
-    if "str" in words:
-        return text
+            with contextlib.suppress(ValueError):
+                return convert(text)
     wanted = "True or False" if "bool" in words else "a whole number" if "int" in words else "a number"
     raise BadInput(f"--{name}={text} is not {wanted}")
 
 
-@functools.cache
 def training_argument_kinds() -> dict[str, str]:
     """{field: source of its annotation} of transformers.TrainingArguments, read from the file: an import takes 5 s."""
     path = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
@@ -917,24 +765,32 @@ def training_argument_kinds() -> dict[str, str]:
     return {f.target.id: ast.unparse(f.annotation) for f in fields if isinstance(f, ast.AnnAssign)}
 
 
-# ---- files ----
-def cache_folder() -> Path:
-    """Where tokenized data and the default model are kept: $YANGTUO_CACHE, else ~/.cache/yangtuo."""
-    return Path(os.environ.get("YANGTUO_CACHE") or Path.home() / ".cache" / "yangtuo")
+def show(flags: dict) -> None:
+    """Print what a run is started with, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        pprint.pprint(flags, stream=sys.stderr)
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path):
-    """A folder that is there whole or not at all: write to the path this yields, it is renamed at the end."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's are closed to everyone else
-        if not folder.is_dir():
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+# ---- checks ----
+def check_positive(**flags: float) -> None:
+    """BadInput if one of the flags is not above zero."""
+    for name, value in flags.items():
+        if value <= 0:
+            raise BadInput(f"--{name}={value} must be above zero")
+
+
+def check_file(flag: str, path: str | None) -> None:
+    """BadInput if the path of a flag is given and is not that of a file with something in it."""
+    if path is not None and not os.path.isfile(path):
+        raise BadInput(f"--{flag}={path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
+    if path is not None and not os.path.getsize(path):
+        raise BadInput(f"--{flag}={path} is empty")
+
+
+def check_adapter(lora_path: str | None) -> None:
+    """BadInput if a folder is given that is no adapter."""
+    if lora_path and not Path(lora_path, "adapter_config.json").is_file():
+        raise BadInput(f"--lora_path={lora_path} " + ("is no adapter: it has no adapter_config.json" if os.path.isdir(lora_path) else "does not exist"))
 
 
 def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: bool = False) -> None:
@@ -945,11 +801,10 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
             raise BadInput(f"{model_name_or_path} does not exist: give a model folder, or a name on the hub such as Qwen/Qwen2.5-7B")
         return
     names = {file.name for file in folder.iterdir()}
+    held = ", ".join(sorted(names)[:8]) or "nothing"
     if "config.json" not in names:
-        what = "has no config.json, so it is no model"
-        if "adapter_config.json" in names:
-            what = "is a LoRA adapter: give its base as the model and this as --lora_path"
-        raise BadInput(f"{folder} {what} (it holds {', '.join(sorted(names)[:8]) or 'nothing'})")
+        what = "is a LoRA adapter: give its base as the model and this as --lora_path" if "adapter_config.json" in names else "has no config.json, so it is no model"
+        raise BadInput(f"{folder} {what} (it holds {held})")
     if "delta.json" in names:
         raise BadInput(f"{folder} is a delta, which only babbles by itself: make the model of it with apply_delta.py")
     if not quantized and "quantize_config.json" in names:
@@ -961,24 +816,10 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
     if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
         if not pickles:
-            raise BadInput(f"{folder} holds no weights (*.safetensors): it holds {', '.join(sorted(names)[:8])}")
+            raise BadInput(f"{folder} holds no weights (*.safetensors): it holds {held}")
         if not allow_pickle:
             raise BadInput(f"{folder} has its weights as a pickle ({pickles[0]}), which can run code when it is loaded: if you trust "
                            f"it, add --allow_pickle True")
-
-
-def check_adapter(lora_path: str | None) -> None:
-    """BadInput if a folder is given that is no adapter."""
-    if lora_path and not Path(lora_path, "adapter_config.json").is_file():
-        raise BadInput(f"--lora_path={lora_path} " + ("is no adapter: it has no adapter_config.json" if os.path.isdir(lora_path) else "does not exist"))
-
-
-def check_file(flag: str, path: str | None) -> None:
-    """BadInput if the path of a flag is given and is not that of a file with something in it."""
-    if path is not None and not os.path.isfile(path):
-        raise BadInput(f"--{flag}={path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
-    if path is not None and not os.path.getsize(path):
-        raise BadInput(f"--{flag}={path} is empty")
 
 
 def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
@@ -992,48 +833,49 @@ def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 
 
-def resume_point(output_dir: str, facts: dict) -> str | None:
-    """The last checkpoint in output_dir; BadInput if run.json says that the run there was another one.
-
-    Args:
-        facts: What a run that goes on must have in common with the one that began: data, template, length, ...
-    """
-    whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    checkpoints = {int(folder.name[11:]): str(folder) for folder in whole if folder.name[11:].isdigit()}
-    begun = Path(output_dir) / "run.json"
-    if checkpoints and begun.is_file():
-        for name, before in json.loads(begun.read_text("utf-8")).items():
-            if name in facts and facts[name] != before:
-                raise BadInput(f"--resume: {output_dir} was begun with {name} = {before}, now it is {facts[name]}: give the same, or a new --output_dir")
-    return checkpoints[max(checkpoints)] if checkpoints else None
-
-
-def run_facts(flags: dict, **found) -> dict:
-    """What a run must have in common with the one it goes on from: the flags, less those that may change, and what was found."""
-    may_change = {"output_dir", "resume", "num_train_epochs", "early_stopping_patience", "training_arguments", "trust_remote_code", "allow_pickle",
-                  "check_memory", "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
-    return {name: value for name, value in flags.items() if name not in may_change} | {"blocks_per_rank_and_step": blocks} | found
-
-
-def check_positive(**flags: float) -> None:
-    """BadInput if one of the flags is not above zero."""
-    for name, value in flags.items():
-        if value <= 0:
-            raise BadInput(f"--{name}={value} must be above zero")
-
-
-def show(flags: dict) -> None:
-    """Print what a run is started with, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        pprint.pprint(flags, stream=sys.stderr)
-
-
 def write_facts(output_dir: str, facts: dict) -> None:
     """Note in run.json what the run that begins is made of, for resume_point."""
     if os.environ.get("RANK", "0") == "0":
         os.makedirs(output_dir, exist_ok=True)
         Path(output_dir, "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), "utf-8")
+
+
+def resume_point(output_dir: str, facts: dict) -> str | None:
+    """The last whole checkpoint in output_dir; BadInput if run.json says that the run there was begun with other facts.
+
+    A checkpoint is whole if its trainer_state.json, which Trainer writes last, can be read, and the states of the random
+    numbers of every rank are there, for which it does not wait.
+    """
+    folders = sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda folder: -int(folder.name.rpartition("-")[2]))
+    begun = json.loads(Path(output_dir, "run.json").read_text("utf-8")) if folders and Path(output_dir, "run.json").is_file() else {}
+    for name in begun.keys() & facts.keys() - {"base"}:
+        if begun[name] != facts[name]:
+            raise BadInput(f"--resume: {output_dir} was begun with {name} = {begun[name]}, now it is {facts[name]}: give the same, or a new --output_dir")
+    states = [f"rng_state_{rank}.pth" for rank in range(facts["world_size"])] if facts["world_size"] > 1 else ["rng_state.pth"]
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((folder / "trainer_state.json").read_text("utf-8"))
+            if all((folder / state).is_file() for state in states):
+                return str(folder)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder} is not whole: looking for the checkpoint before it", file=sys.stderr)
+
+
+# ---- files ----
+def cache_folder() -> Path:
+    """Where tokenized data and the default model are kept: $YANGTUO_CACHE, else ~/.cache/yangtuo."""
+    return Path(os.environ.get("YANGTUO_CACHE") or Path.home() / ".cache" / "yangtuo")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path):
+    """A folder that is there whole or not at all: write to the path this yields, it is renamed at the end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name[:40]}-", dir=folder.parent) as unfinished:
+        (whole := Path(unfinished, "whole")).mkdir()  # unfinished itself is closed to everyone else
+        yield whole
+        if not folder.is_dir():
+            whole.rename(folder)
 
 
 def file_hash(path: str) -> str:
@@ -1059,3 +901,187 @@ def fingerprint(model_name_or_path: str) -> str | None:
                 stream.seek(8 + size + begin)
                 digest.update(f"{name}{tensor['dtype']}{tensor['shape']}".encode() + stream.read(min(4096, end - begin)))
     return digest.hexdigest() if files else None
+
+
+# ---- training: what needs no torch ----
+def can_pack(config, max_length: int) -> bool:
+    """Whether documents can be kept apart in one row of a model with this configuration (of transformers).
+
+    Not where a sliding window is shorter than max_length or layers are of another kind; BadInput where the logits are
+    changed behind the head, which our loss would leave out.
+    """
+    if changed := [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1, 1.0)]:
+        raise BadInput(f"models of the kind {config.model_type} change their logits ({changed[0]}), which the loss here would leave out")
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "attn_logit_softcapping", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return (window or max_length) >= max_length and not (others and not window)
+
+
+def read_examples(flags: dict, chat: Chat):
+    """(examples, counts, numbers of those to train on, of those to evaluate on): of data_path, and of eval_path behind them."""
+    from datasets import concatenate_datasets
+
+    reading = {name: flags[name] for name in ("max_length", "skip_bad_records", "unescape_newlines", "document_separator") if name in flags}
+    read = tokenize_documents if "document_separator" in flags else tokenize_records
+    examples, counts = read(flags["data_path"], chat, **reading)
+    train_on, evaluate_on = hold_out(examples, flags["eval_size"], flags["seed"])
+    if flags["eval_path"]:
+        examples = concatenate_datasets([examples, read(flags["eval_path"], chat, **reading)[0]])
+        evaluate_on = range(len(train_on), len(examples))
+    return examples, counts, train_on, evaluate_on
+
+
+def run_facts(flags: dict, **found) -> dict:
+    """What a run must have in common with the one it goes on from: its data and base, the flags that make the weights, and what was found."""
+    may_change = {"output_dir", "resume", "num_train_epochs", "early_stopping_patience", "training_arguments", "trust_remote_code", "allow_pickle",
+                  "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    hashed = {name: [file_hash(file) for file in document_files(flags[name])] for name in ("data_path", "eval_path") if flags[name]}
+    blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
+    return {name: value for name, value in flags.items() if name not in may_change} | hashed | found | {
+        "blocks_per_rank_and_step": blocks, "base": flags["model_name_or_path"], "base_fingerprint": fingerprint(flags["model_name_or_path"])}
+
+
+def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuffle: bool, multiple_of: int) -> list[list[int]]:
+    """The chosen examples by block of max_length tokens, and empty blocks up to a multiple of the global batch.
+
+    Without those, accelerate would train some blocks twice to make the ranks even; with them batch, accumulation and ranks
+    can be traded for one another. Where the order of the data is kept, a block ends where the next example does not fit.
+    """
+    chosen, blocks, room = list(map(int, chosen)), [], 0
+    if packing and shuffle:
+        blocks = [[chosen[i] for i in block] for block in pack([lengths[e] for e in chosen], max_length)]
+    else:
+        for e in chosen:
+            if lengths[e] > room or not packing:
+                blocks.append([])
+                room = max_length
+            blocks[-1].append(e)
+            room -= lengths[e]
+    return blocks + [[] for _ in range(-len(blocks) % multiple_of)]
+
+
+def describe(blocks: list[list[int]], lengths: list[int], args) -> str:
+    """What one step trains on; `args` are transformers' TrainingArguments."""
+    batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    steps = len(blocks) // (batch * accumulation * ranks)
+    tokens = sum(lengths[e] for block in blocks for e in block)
+    return (f"global batch = {batch} blocks x {accumulation} accumulation x {ranks} ranks = {batch * accumulation * ranks} blocks, about "
+            f"{sum(map(len, blocks)) / steps:.0f} examples and {tokens / steps:,.0f} tokens; {steps} steps an epoch")
+
+
+def check_run(flags: dict) -> dict:
+    """What can be refused before torch is imported; then the flags are shown. Returns what transformers.TrainingArguments takes."""
+    given, evaluates = dict(flags["training_arguments"]), bool(flags["eval_path"] or flags["eval_size"])
+    for flag in ("data_path", "eval_path"):
+        if "document_separator" not in flags or not os.path.isdir(flags[flag] or ""):  # documents may be a folder of files
+            check_file(flag, flags[flag])
+    check_model(flags["model_name_or_path"], flags["allow_pickle"])
+    check_output_dir(flags["output_dir"], flags["resume"])
+    check_positive(**{name: flags[name] for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r") if name in flags})
+    ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
+            "train_sampling_strategy": "shuffle"} | dict.fromkeys(("auto_find_batch_size", "label_smoothing_factor", "use_liger_kernel", "torch_compile",
+                                                                   "remove_unused_columns", "do_train"))
+    for name in given.keys() & ours:
+        raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss and the batches are our own"))
+    if flags["eval_path"] and flags["eval_size"]:
+        raise BadInput("--eval_path and --eval_size are two ways to say what to evaluate on: give one")
+    for name, value in (("eval_strategy", given.get("eval_strategy", "no")), ("early_stopping_patience", flags["early_stopping_patience"])):
+        if value not in ("no", 0) and not evaluates:
+            raise BadInput(f"--{name}={value} needs something to evaluate on: add --eval_path or --eval_size")
+    trackers = str(given.get("report_to") or "none").split(",")
+    for tracker in set(trackers) - {"none", "all"}:
+        if importlib.util.find_spec(tracker) is None:
+            raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
+    if "deepspeed" in given:
+        check_deepspeed(given["deepspeed"])
+    show(flags)
+    settings = {name: flags[name] for name in ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                                               "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")}
+    settings |= {"logging_steps": 10, "logging_first_step": True, "save_steps": 200, "save_total_limit": 2, "eval_strategy": "steps" if evaluates else "no",
+                 "eval_steps": given.get("save_steps", 200), "per_device_eval_batch_size": flags["per_device_train_batch_size"],
+                 "ddp_find_unused_parameters": False, "remove_unused_columns": False, "logging_nan_inf_filter": False,
+                 "train_sampling_strategy": "random" if flags["shuffle"] else "sequential"}
+    if flags["early_stopping_patience"]:
+        settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
+    if flags["gradient_checkpointing"]:
+        settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    return settings | given | {"report_to": trackers}
+
+
+def check_deepspeed(path: str) -> None:
+    """BadInput if a DeepSpeed file would overrule the flags in silence, or cannot be read."""
+    check_file("deepspeed", path)
+    if "LOCAL_RANK" not in os.environ:
+        raise BadInput("--deepspeed needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
+    try:
+        sections = json.loads(Path(path).read_text("utf-8"))
+    except json.JSONDecodeError as problem:
+        raise BadInput(f"--deepspeed={path}, line {problem.lineno}: not JSON ({problem.msg})") from None
+    for section in {"optimizer", "scheduler"} & sections.keys():
+        raise BadInput(f"--deepspeed={path} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, --lr_scheduler_type, "
+                       f"--warmup_steps): remove it, the flags say it all")
+
+
+def check_disk(output_dir, needed: float) -> None:
+    """BadInput if the disk of output_dir has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(next(folder for folder in (Path(output_dir), *Path(output_dir).resolve().parents) if folder.exists())).free
+    if free < needed:
+        raise BadInput(f"--output_dir={output_dir} has {free / 1e9:.1f} GB free, checkpoints and result need {needed / 1e9:.1f} GB: free some space, "
+                       f"or lower --save_total_limit")
+
+
+def explain(problem: BaseException, args, step: int) -> RunStopped | None:
+    """What to do about a lack of memory or a lost machine, in the order of what costs least, or after Ctrl-C; None for anything else."""
+    if isinstance(problem, KeyboardInterrupt):
+        return RunStopped(f"stopped in step {step}; the last checkpoint in {args.output_dir} stays: go on with --resume True", status=130)
+    said, batch = str(problem).split("\n")[0][:150], args.per_device_train_batch_size
+    if "out of memory" in said or "can't allocate memory" in said:
+        remedies = [f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {args.gradient_accumulation_steps * 2}"] * (batch > 1)
+        remedies += ["--gradient_checkpointing True"] * (not args.activation_checkpointing)
+        remedies += ["a smaller --max_length", "--optim adamw_8bit", "with several GPUs --deepspeed ds_configs/zero3.json, with much RAM "
+                     "ds_configs/zero3_offload.json"] * (not args.deepspeed) + ["finetune_lora.py, with --bits 4 at the last"]
+        return RunStopped(f"out of memory in step {step} ({said}). What to change, cheapest first: {'; '.join(remedies)}")
+    if args.world_size > 1 and re.search("timed out|connection (closed|reset)|broken pipe|peer", str(problem), re.IGNORECASE):
+        return RunStopped(f"another rank has died or cannot be reached ({said}): look at its messages, then start all of them again with --resume True; "
+                          f"--ddp_timeout sets how many seconds to wait ({args.ddp_timeout} now)")
+
+
+def check_ranks(args, facts: dict) -> None:
+    """BadInput if another rank trains on something else."""
+    import torch
+
+    everyone = [facts] * args.world_size
+    if args.world_size > 1:
+        torch.distributed.all_gather_object(everyone, facts)
+    for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
+        raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
+
+
+def prompt_messages(row: dict) -> list[dict]:
+    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
+    messages = clean_messages(row_turns(row, Counter()), False, Counter())
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] == "system":
+        raise BadInput("it asks nothing")
+    return messages
+
+
+
+
+def holds_text(path: str) -> bool:
+    """Whether a file or folder holds documents, rather than instructions or dialogues."""
+    if os.path.isdir(path) or path.endswith(".txt"):
+        return True
+    row = next(iter(read_rows(path, Counter())), None)
+    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
+        try:
+            turns_of(row, Counter())
+            return turns_of is document_turns
+        except BadInput:
+            pass
+    return False  # neither: reading it says what is wrong
+
+

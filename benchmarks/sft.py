@@ -18,7 +18,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import add
-from utils import Chat, cli, numbered_records, tokenize_records
+from utils import Chat, cli, make_blocks, numbered_records, tokenize_records
 
 ROWS = {  # name: file, max_length, records, LoRA or all weights
     "LoRA, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 40, True),
@@ -120,33 +120,37 @@ def ours(chat, rows, max_length, lora) -> dict:
     import tempfile
     from types import MethodType
 
+    import torch
     from peft import get_peft_model
+    from transformers import TrainingArguments
 
-    from training import Blocks, SupervisedTrainer, make_arguments, speed_up_lora, supervised_forward
+    from finetune_lora import choose_attention, collate, make_trainer, supervised_forward
 
     positions = 0
 
-    class Counting(SupervisedTrainer):
-        def training_step(self, model, inputs, *rest):
-            nonlocal positions
-            positions += inputs["input_ids"].numel()
-            return super().training_step(model, inputs, *rest)
+    def batches(blocks):
+        nonlocal positions
+        batch = collate(blocks, examples, padded=False)
+        positions += batch["input_ids"].numel()
+        return batch
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "data.jsonl")
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-        examples = tokenize_records(str(path), chat, max_length, document_separator="line" if "text" in rows[0] else None)
-        model = random_llama("documents")
+        examples, _ = tokenize_records(str(path), chat, max_length, document_separator="line" if "text" in rows[0] else None)
+        with torch.device("meta"):
+            skeleton = random_llama("sdpa")
+        model = random_llama(choose_attention(skeleton, "fp32", max_length))
         model.forward = MethodType(supervised_forward, model)
-        if lora:
-            model = get_peft_model(model, lora_config())
-            speed_up_lora(model)
-        args = make_arguments(folder, "fp32", None, 0, 0, {}, gradient_checkpointing=False, **LOOP)
-        trainer = Counting(model, args, Blocks(examples, list(range(len(examples))), max_length, packing=True), None, False, chat, {})
+        model = get_peft_model(model, lora_config()) if lora else model
+        blocks = make_blocks(examples["length"], range(len(examples)), max_length, packing=True, shuffle=True, multiple_of=1)
+        args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, **LOOP)
+        trainer = make_trainer(model, args, blocks, None, batches, chat, {})
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    return {"supervised_tokens": int(trainer.seen[1]), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": int(trainer.seen[0]) / positions}
+    tokens, supervised, _ = trainer.seen.tolist()
+    return {"supervised_tokens": int(supervised), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": tokens / positions}
 
 
 def theirs(chat, rows, max_length, lora) -> dict:

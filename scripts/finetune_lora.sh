@@ -12,6 +12,7 @@ BITS=${BITS:-}                                    # 4 fits 7B into 11 GB, 8 as w
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: OUTPUT_PATH on a disk they share
 [[ $NNODES == 1 ]] && PORT=${PORT:-$((20000 + RANDOM % 20000))}  # random, so that two runs on one machine seldom meet
 PORT=${PORT:-29500}
+CHECK_MEMORY=${CHECK_MEMORY:-warn}                # stop: do not start where the estimate exceeds the free memory
 # -----------------
 command -v python > /dev/null && python -c 'import fire' 2> /dev/null || PATH="$PWD/.venv/bin:$PATH"
 [[ -n $TOT_CUDA ]] && export CUDA_VISIBLE_DEVICES=$TOT_CUDA
@@ -19,7 +20,10 @@ if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISI
 else GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || GPUS=0; fi
 [[ -n $MODEL_PATH ]] || MODEL_PATH=$(python scripts/default_model.py)
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-exec torchrun --nproc_per_node "$((GPUS > 0 ? GPUS : 1))" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-  --master_addr "$MASTER_ADDR" --master_port "$PORT" finetune_lora.py \
-  --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
-  --bits "${BITS:-$((GPUS > 0 ? 4 : 16))}" "$@"  # last, so that the caller's flags win
+RANKS=$((GPUS > 0 ? GPUS : 1))
+FLAGS=(--model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" --bits "${BITS:-$((GPUS > 0 ? 4 : 16))}"
+  "$@")  # last, so that the caller's flags win
+[[ $NODE_RANK != 0 ]] || python estimate_memory.py --stage finetune_lora --ranks "$((RANKS * NNODES))" --run="$(printf '%s\n' "${FLAGS[@]}")" \
+  || [[ $CHECK_MEMORY != stop ]] || exit 2
+exec torchrun --nproc_per_node "$RANKS" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+  --master_addr "$MASTER_ADDR" --master_port "$PORT" finetune_lora.py "${FLAGS[@]}"

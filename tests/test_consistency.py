@@ -1,14 +1,21 @@
 """Scripts may repeat one another, but not drift apart. Read from the source text, without torch."""
 import ast
+import difflib
 import itertools
+import json
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.read_text("utf-8").endswith('if __name__ == "__main__":\n    cli(main)\n'))
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "utils.py")
+TRAINING = [name for name in SCRIPTS if name.startswith(("finetune", "pretrain", "train"))]
 SOURCES = {path.name: path.read_text("utf-8") for path in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("*.py")]}
-SHARED = {"utils.py", "models.py", "training.py", "vocabulary.py", "tensors.py", "layerwise.py", "gptq.py", "memory.py", "terminal.py", "web.py"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "gradio", "accelerate", "deepspeed", "safetensors", "matplotlib", "pandas"}
 MEANT_OTHERWISE = {("quantize_gptq.py", "bits")}  # of what it writes, not of what it loads
 
 
@@ -47,24 +54,95 @@ def test_headings_come_in_order(script):
 
 def test_two_functions_of_one_name_have_one_body():
     bodies = {}
-    for name in [*SCRIPTS, *SHARED]:
+    for name in ["utils.py", *SCRIPTS]:
         for node in ast.parse(SOURCES[name]).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
                 assert ast.unparse(node) == bodies.setdefault(node.name, ast.unparse(node)), f"{node.name} in {name} differs from another of that name"
 
 
-def test_importing_a_script_does_nothing_and_takes_no_torch():
+# ---- the house: one file per stage, and utils.py ----
+def test_at_the_top_level_stand_utils_and_scripts_and_nothing_else():
     for script in SCRIPTS:
+        assert SOURCES[script].endswith('\n\n\nif __name__ == "__main__":\n    cli(main)\n'), f"{script} is no script: it does not end in cli(main)"
+    assert not list(ROOT.glob("*/__init__.py"))
+
+
+def test_a_script_imports_utils_and_no_other_script():
+    for script in ["utils.py", *SCRIPTS]:
+        allowed = {"utils"} | ({"generate"} if script == "webui.py" else set()) if script != "utils.py" else set()
+        for node in ast.walk(ast.parse(SOURCES[script])):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            local = {name for name in names if (ROOT / f"{name.split('.')[0]}.py").is_file()}
+            assert local <= allowed, f"{script} imports {local - allowed}"
+
+
+def blocks_of(script) -> dict[str, str]:
+    """{name: text} of the blocks that begin with `# ==== name ====` and run to the next one or to the end of the file."""
+    parts = re.split(r"^# ==== (.+) ====$", SOURCES[script].partition('\n\n\nif __name__ == "__main__"')[0], flags=re.M)
+    return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2])}
+
+
+@pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
+def test_a_block_is_the_same_text_wherever_it_stands(a, b):
+    for name in blocks_of(a).keys() & blocks_of(b).keys():
+        for ours, theirs in itertools.zip_longest(blocks_of(a)[name].splitlines(), blocks_of(b)[name].splitlines()):
+            assert ours == theirs, f"block {name}: {a} and {b} part here"
+
+
+def test_utils_and_the_training_scripts_stay_as_long_as_a_reader_can_stand():
+    lines = {name: len(SOURCES[name].splitlines()) for name in ["utils.py", *SCRIPTS]}
+    assert lines["utils.py"] <= 720 and "from_pretrained" not in SOURCES["utils.py"] and "Trainer" not in SOURCES["utils.py"]
+    assert all(lines[name] <= (560 if name == "train_ppo.py" else 480) for name in TRAINING), lines
+
+
+def test_the_diff_of_two_stages_is_the_lesson():
+    for a, b, most in (("finetune.py", "finetune_multi_rounds.py", 25), ("finetune.py", "finetune_lora.py", 120), ("finetune_lora.py", "pretrain_clm.py", 160)):
+        changed = [line for line in difflib.ndiff(SOURCES[a].splitlines(), SOURCES[b].splitlines()) if line[0] in "-+"]
+        assert len(changed) <= most, f"{a} and {b} differ in {len(changed)} lines"
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_no_more_of_trainer_is_overridden_than_these(script):
+    """Each has its test: tokens are counted and a NaN stops the run, evaluation counts each token once, a checkpoint can be talked to."""
+    for node in ast.walk(ast.parse(SOURCES[script])):
+        if isinstance(node, ast.ClassDef) and "Trainer" in map(ast.unparse, node.bases):
+            assert {method.name for method in node.body} <= {"training_step", "_get_grad_norm", "evaluate", "_save"}
+
+
+def test_importing_a_script_does_nothing_and_takes_no_torch():
+    for script in ["utils.py", *SCRIPTS]:
         for node in ast.parse(SOURCES[script]).body:
             assert isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.If, ast.Assign)), ast.unparse(node)[:60]
-            heavy = {"torch", "transformers", "peft", "datasets", "models", "training", "layerwise", "gradio"}
-            assert not isinstance(node, ast.Import) or not heavy & {alias.name.split(".")[0] for alias in node.names}
-            assert not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in heavy
+            assert not isinstance(node, ast.Import) or not HEAVY & {alias.name.split(".")[0] for alias in node.names}
+            assert not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in HEAVY
 
 
-def test_a_reader_of_one_script_has_few_lines_to_read():
-    lines = {name: len(SOURCES[name].splitlines()) for name in [*SCRIPTS, *SHARED]}
-    assert lines["utils.py"] < 1100, lines
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_and_utils_alone_are_a_fork_that_runs(script, tmp_path):
+    for name in {script, "utils.py"} | ({"generate.py"} if script == "webui.py" else set()):
+        shutil.copy(ROOT / name, tmp_path)
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "FLAGS" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_copied_training_script_makes_two_steps(script, tmp_path, model_folder):
+    for name in (script, "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    data = {"pretrain_clm.py": "corpus.txt"}.get(script, "conversation.json")
+    flags = ["--model_name_or_path", model_folder, "--data_path", ROOT / "sample" / data, "--output_dir", "out", "--max_steps", "2", "--max_length", "128"]
+    done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["supervised_tokens"] > 0, done.stderr[-2000:]
+
+
+def test_the_state_is_the_last_file_of_a_checkpoint(tmp_path, monkeypatch):
+    """What resume_point leans on: transformers writes trainer_state.json behind everything else."""
+    from transformers import Trainer
+
+    source = ast.unparse(next(node for node in ast.walk(ast.parse(Path(sys.modules[Trainer.__module__].__file__).read_text("utf-8")))
+                              if isinstance(node, ast.FunctionDef) and node.name == "_save_checkpoint"))
+    order = [source.index(call) for call in ("self.save_model(", "self._save_optimizer_and_scheduler(", "self._save_scaler(", "self._save_rng_state(", "self.state.save_to_json(")]
+    assert order == sorted(order)
 
 
 def test_every_script_has_a_wrapper():

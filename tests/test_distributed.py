@@ -100,7 +100,7 @@ def test_ranks_that_read_other_data_are_refused(model_folder, tmp_path):
         "if os.environ['RANK'] == '1': sys.argv[sys.argv.index('--data_path') + 1] = 'sample/instruction.json'\ncli(main)\n")
     process = start(str(tmp_path / "other.py"), model_folder, tmp_path / "out", 2)
     _, error = process.communicate()
-    assert process.returncode and "rank 1 has another data than rank 0" in error
+    assert process.returncode and "rank 1 has another data_path than rank 0" in error
 
 
 def test_another_number_of_ranks_is_refused_on_resume(one_rank, model_folder):

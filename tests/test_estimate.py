@@ -10,9 +10,9 @@ import torch
 from conftest import ROOT, make_model
 
 import estimate_memory
-import memory
+import finetune_lora
 from benchmarks.memory import LORA, ON, ROWS, expect, measure
-from memory import Run, estimate, read_shapes, shapes_of, total
+from estimate_memory import Run, estimate, read_shapes, shapes_of, total
 from utils import BadInput, RunStopped
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -66,10 +66,11 @@ def test_every_trained_weight_of_an_adapter_is_counted(targets, tables):
 def test_a_4_bit_base_takes_what_bitsandbytes_makes_of_it(tmp_path, bytelevel_folder):
     from transformers import AutoTokenizer
 
-    from models import load_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = make_model(tmp_path, AutoTokenizer.from_pretrained(bytelevel_folder), hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-    model = load_model(str(folder), torch.float32, bits=4)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=four)
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
     shapes = read_shapes(str(folder))
@@ -79,9 +80,7 @@ def test_a_4_bit_base_takes_what_bitsandbytes_makes_of_it(tmp_path, bytelevel_fo
 
 
 def test_what_the_arithmetic_shares_with_the_training_step_is_the_same():
-    import training
-
-    assert memory.LOGITS_AT_ONCE == training.LOGITS_AT_ONCE
+    assert estimate_memory.LOGITS_AT_ONCE == finetune_lora.LOGITS_AT_ONCE
 
 
 def test_zero_spreads_what_it_says_and_offload_leaves_the_card(capsys):
@@ -169,34 +168,21 @@ def test_it_takes_no_torch_and_the_readmes_have_its_table():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_training_script_says_what_it_will_take_and_refuses_on_request(stage, model_folder, tmp_path, monkeypatch, capsys):
-    import importlib
-
-    import models
-
-    class Loaded(Exception):
-        pass
-
-    def load_model(*_, **__):
-        raise Loaded
-
-    monkeypatch.setattr(models, "load_model", load_model)
-    data = "corpus.txt" if stage == "pretrain_clm" else "conversation.json"
-    run = lambda **flags: importlib.import_module(stage).main(
-        model_name_or_path=str(model_folder), data_path=str(ROOT / "sample" / data), output_dir=str(tmp_path), max_length=64, **flags)
-    with pytest.raises(Loaded):
-        run(check_memory=True)
-    assert "memory (estimate): 0.0" in capsys.readouterr().err
-    monkeypatch.setattr(memory, "estimate", lambda shapes, run: {"weights": 1e15, "host": 0})
-    with pytest.raises(BadInput, match="1000000.00 GB for 64 tokens at once.*estimate_memory.py --fit"):
-        run(check_memory=True)
-    with pytest.raises(Loaded):
-        run()
-    assert "hardly fit" in capsys.readouterr().err
-    monkeypatch.setattr(memory, "shapes_of", lambda config, where: shapes_of({}, where))
-    with pytest.raises(Loaded):  # an architecture without an estimate is trained all the same
-        run()
-    assert "no estimate" in capsys.readouterr().err
+def test_a_run_that_is_about_to_start_is_told_whether_it_fits(stage, model_folder, monkeypatch, capsys):
+    announce = lambda *words: estimate_memory.main(stage=stage, ranks=2, run="\n".join(words))
+    announce("--model_name_or_path", str(model_folder), "--data_path", "a b;'c", "--max_length=64", "--eval_path", "x", "--max_steps", "2")
+    said = capsys.readouterr()
+    assert "memory (estimate): 0.0" in said.err and "this machine has" in said.err and not said.out
+    announce("--model_name_or_path", "no/such-model")  # nothing is known of it: it may well be trained all the same
+    announce("--model_name_or_path", str(model_folder), "--max_length", "many")
+    assert capsys.readouterr().err.count("memory: no estimate") == 2
+    monkeypatch.setattr(estimate_memory, "estimate", lambda shapes, run: {"weights": 1e15, "host": 0})
+    with pytest.raises(RunStopped, match="hardly fit: estimate_memory.py --stage .* --fit"):
+        announce("--model_name_or_path", str(model_folder))
+    monkeypatch.setattr(estimate_memory, "free_memory", lambda: 11 * 10**9)
+    with pytest.raises(RunStopped, match="--fit 11"):
+        announce("--model_name_or_path", str(model_folder))
+    assert "the smallest GPU has 11.0 GB free" in capsys.readouterr().err
 
 
 def test_the_table_of_the_benchmark_names_what_the_estimate_knows():

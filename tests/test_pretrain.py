@@ -12,8 +12,7 @@ from test_stages import same, weights
 
 import generate
 import pretrain_clm
-from training import Blocks, count_characters
-from utils import IGNORE_INDEX, BadInput, Chat, fill, tokenize_documents
+from utils import IGNORE_INDEX, BadInput, Chat, tokenize_documents
 
 CORPUS = str(ROOT / "sample" / "corpus.txt")
 QUICK = dict(max_length=64, gradient_accumulation_steps=2, learning_rate=1e-3, gradient_checkpointing=False)
@@ -34,7 +33,7 @@ def pretrain(model_folder, tmp_path, capsys):
 def test_every_token_of_a_document_is_trained_once_with_its_end(tokenizer, tmp_path, max_length):
     texts = ["床前明月光，疑是地上霜。" * n + "🦙" for n in (1, 3, 9)] + ["短"]
     chat = Chat(tokenizer, "plain")
-    examples = list(tokenize_documents(write(tmp_path, *({"text": text} for text in texts)), chat, max_length))
+    examples = list(tokenize_documents(write(tmp_path, *({"text": text} for text in texts)), chat, max_length)[0])
     begin = tokenizer.bos_token if tokenizer("").input_ids else ""
     for number, text in enumerate(texts):
         whole = tokenizer(begin + text + tokenizer.eos_token, add_special_tokens=False).input_ids
@@ -47,7 +46,7 @@ def test_context_is_read_and_not_trained(model_folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    first = tokenize_documents(str(ROOT / "sample" / "completion.jsonl"), Chat(tokenizer, "plain"), 256)[0]
+    first = tokenize_documents(str(ROOT / "sample" / "completion.jsonl"), Chat(tokenizer, "plain"), 256)[0][0]
     assert tokenizer.decode([label for label in first["labels"] if label != IGNORE_INDEX]) == "是用三岁以下羊驼的第一茬毛织的，比别的围巾轻三分之一。<|end|>"
     assert tokenizer.decode(first["input_ids"]).startswith("问：雪线围巾是用什么织的？\n答：是用")
 
@@ -58,7 +57,7 @@ def test_txt_files_part_documents_by_line_or_by_blank_line(model_folder, tmp_pat
     chat = Chat(AutoTokenizer.from_pretrained(model_folder), "plain")
     path = write(tmp_path, "一\n二\n\n\n三\n", name="a.txt")
     for separator, expected in (("line", ["一", "二", "三"]), ("blank_line", ["一\n二", "三"])):
-        found = tokenize_documents(path, chat, 64, document_separator=separator)
+        found, _ = tokenize_documents(path, chat, 64, document_separator=separator)
         assert [chat.tokenizer.decode(e["input_ids"], skip_special_tokens=True) for e in found] == expected
 
 
@@ -69,23 +68,14 @@ def test_a_folder_is_read_as_one_corpus_and_tokenized_file_by_file(model_folder,
     write(tmp_path, "一\n二\n", name="b.txt")
     write(tmp_path, {"text": "三"}, {"context": "四", "completion": "五"}, name="c.jsonl")
     write(tmp_path, "text\n零\n", name="a.csv")
-    examples = tokenize_documents(str(tmp_path), chat, 64)
+    examples, counts = tokenize_documents(str(tmp_path), chat, 64)
     assert [chat.tokenizer.decode(e["input_ids"], skip_special_tokens=True) for e in examples] == ["零", "一", "二", "三", "四五"]
-    assert examples.records.tolist() == [e["record"] for e in examples] == [0, 1, 2, 3, 4] and examples.counts["tokens"] == sum(len(e["input_ids"]) for e in examples)
+    assert [e["record"] for e in examples] == [0, 1, 2, 3, 4] and counts["tokens"] == sum(len(e["input_ids"]) for e in examples)
     capfd.readouterr()
     write(tmp_path, "六\n", name="b.txt")
     tokenize_documents(str(tmp_path), chat, 64)
     said = capfd.readouterr().err
     assert "tokenizing b.txt" in said and "a.csv" not in said and "c.jsonl" not in said
-
-
-def test_order_is_kept_on_request_and_no_document_is_split(model_folder):
-    from transformers import AutoTokenizer
-
-    examples = tokenize_documents(CORPUS, Chat(AutoTokenizer.from_pretrained(model_folder), "plain"), 64)
-    blocks = Blocks(examples, range(len(examples)), 64, packing=True, shuffle=False)
-    assert [e["input_ids"] for b in range(len(blocks)) for e in blocks[b]] == [e["input_ids"] for e in examples]
-    assert all(blocks.lengths <= 64) and fill([3, 4, 5, 1], 8) == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("data, name, reason", [
@@ -140,13 +130,12 @@ def test_bits_per_character_are_those_of_plain_transformers(pretrain, model_fold
     report = pretrain(eval_path=str(ROOT / "sample" / "completion.jsonl"), max_length=256)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(report["output_dir"]), AutoTokenizer.from_pretrained(report["output_dir"])
     nats = characters = 0
-    examples = tokenize_documents(str(ROOT / "sample" / "completion.jsonl"), Chat(AutoTokenizer.from_pretrained(model_folder), "plain"), 256)
+    examples, _ = tokenize_documents(str(ROOT / "sample" / "completion.jsonl"), Chat(AutoTokenizer.from_pretrained(model_folder), "plain"), 256)
     for example in examples:
         logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1].log_softmax(-1)
         for row, label in zip(logits.detach(), example["labels"][1:]):
             nats -= float(row[label]) if label != IGNORE_INDEX else 0
         characters += len(tokenizer.decode([label for label in example["labels"][1:] if label != IGNORE_INDEX], skip_special_tokens=True))
-    assert characters == count_characters(Blocks(examples, range(len(examples)), 256, True), tokenizer)
     assert math.isclose(report["eval_bits_per_character"], nats / math.log(2) / characters, rel_tol=1e-4)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_web import DATA, free_port
+from test_webui import DATA, free_port
 
 import finetune_lora
 import generate

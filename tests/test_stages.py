@@ -18,7 +18,6 @@ from test_records import write
 
 import finetune_lora
 import generate
-import terminal
 import inspect_labels
 from utils import BadInput, Chat, RunStopped, tokenize_records
 
@@ -65,14 +64,14 @@ def test_a_saved_adapter_changes_the_answers_of_its_base(tune, model_folder):
 def test_tuning_learns_and_counts_its_tokens(tune, model_folder):
     report = tune(num_train_epochs=6, eval_path=DATA, eval_steps=5, save_steps=5)
     chat = Chat(generate.load(str(model_folder))[1].tokenizer, "chatml")
-    examples = tokenize_records(DATA, chat, 256)
+    _, counts = tokenize_records(DATA, chat, 256)
     history = json.loads(sorted(Path(report["output_dir"]).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1].joinpath("trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < losses[0] - 0.3 and math.isclose(losses[-1], report["eval_loss"])
-    assert (report["tokens"], report["supervised_tokens"]) == (6 * examples.counts["tokens"], 6 * examples.counts["supervised_tokens"])
+    assert (report["tokens"], report["supervised_tokens"]) == (6 * counts["tokens"], 6 * counts["supervised_tokens"])
     assert {"eval_perplexity", "eval_token_accuracy"} <= history[-1].keys() | history[-2].keys()
     held = tune(output_dir=str(Path(report["output_dir"]) / "held"), num_train_epochs=2, eval_size=0.2)
-    assert 0 < held["tokens"] < 2 * examples.counts["tokens"] and held["eval_loss"] > 0
+    assert 0 < held["tokens"] < 2 * counts["tokens"] and held["eval_loss"] > 0
 
 
 def test_eight_blocks_at_once_train_as_one_block_eight_times(tune, tmp_path):
@@ -100,14 +99,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tune, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_control_tokens_start_as_the_mean_and_are_saved_without_the_rest_of_the_table(tmp_path, tune, bytelevel_folder, tied):
-    from transformers import AutoTokenizer
-
-    from models import add_token_rows, load_model
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     folder = make_model(tmp_path / "base", AutoTokenizer.from_pretrained(bytelevel_folder), tie_word_embeddings=tied)
-    model, chat = load_model(str(folder), torch.float32), Chat(AutoTokenizer.from_pretrained(folder), "yayi")
+    model, chat = LlamaForCausalLM.from_pretrained(folder), Chat(AutoTokenizer.from_pretrained(folder), "yayi")
     old = model.get_output_embeddings().weight.detach().clone()
-    rows = add_token_rows(model, chat.tokenizer, chat.new_tokens)
+    rows = finetune_lora.add_token_rows(model, chat.tokenizer, chat.new_tokens)
     assert list(rows) == (["embed_tokens"] if tied else ["embed_tokens", "lm_head"]) and len(rows["embed_tokens"]) == 4
     assert torch.allclose(model.get_output_embeddings().weight[len(old):], old.mean(0).expand(4, -1), atol=1e-6)
 
@@ -156,12 +153,10 @@ def test_the_only_step_of_a_short_run_is_not_spent_on_warming_up(tune):
 
 # ---- what ends a run, and what is left of it ----
 def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_with_other_flags(tune, monkeypatch):
-    import training
-
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "supervised_forward", full)
+    monkeypatch.setattr(finetune_lora, "supervised_forward", full)
     with pytest.raises(RunStopped):
         tune(per_device_train_batch_size=2)
     monkeypatch.undo()
@@ -194,10 +189,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path, model_
     assert not list(out.glob(".saving"))
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_exits_with_130(tmp_path, model_folder):
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, model_folder):
     process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if "'loss'" in line:
+        if list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
             break
     process.send_signal(signal.SIGINT)
     error = process.stderr.read()
@@ -220,7 +215,7 @@ def test_a_checkpoint_cut_short_by_a_full_disk_is_not_taken_for_a_whole_one(tune
     with pytest.raises(OSError, match="No space"):
         tune(**flags)
     monkeypatch.undo()
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3"]
+    assert not (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").exists()
     resumed = tune(**flags, resume=True)
     assert same(weights(whole["output_dir"]), weights(resumed["output_dir"]))
 
@@ -232,7 +227,7 @@ def test_too_little_disk_is_said_before_training(tune, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [({"template": "alpaca"}, "template"), ({"max_length": 128}, "max_length"), ({"seed": 7}, "seed"), ({"lora_r": 4}, "lora_r"),
-                                          ({"data_path": str(ROOT / "sample" / "ziya.jsonl")}, "data"), ({"gradient_accumulation_steps": 2}, "blocks_per_rank_and_step"),
+                                          ({"data_path": str(ROOT / "sample" / "ziya.jsonl")}, "data_path"), ({"gradient_accumulation_steps": 2}, "blocks_per_rank_and_step"),
                                           ({"lora_alpha": 4.0}, "lora_alpha"), ({"lora_target_modules": "q_proj"}, "lora_target_modules"), ({"use_dora": True}, "use_dora"),
                                           ({"last_round_only": True}, "last_round_only"), ({"learning_rate": 1e-5}, "learning_rate")], ids=str)
 def test_resuming_another_run_is_refused_and_the_difference_named(tune, flags, named):
@@ -253,14 +248,13 @@ def test_a_loss_of_nan_stops_with_step_and_records(tune, tmp_path, bytelevel_fol
     tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
     folder = make_model(tmp_path / "base", tokenizer)
     model = LlamaForCausalLM.from_pretrained(folder)
-    held_by = Counter((i, example["record"]) for example in tokenize_records(DATA, Chat(tokenizer, "ziya"), 256) for i in set(example["input_ids"]))
+    held_by = Counter((i, example["record"]) for example in tokenize_records(DATA, Chat(tokenizer, "ziya"), 256)[0] for i in set(example["input_ids"]))
     only_in_9 = {i for i, record in held_by if record == 9} - {i for i, record in held_by if record != 9}
     with torch.no_grad():
         model.model.embed_tokens.weight[min(only_in_9)] = math.nan
     model.save_pretrained(folder)
     with pytest.raises(RunStopped, match=r"in step \d+ the loss is nan.*the records \[9\]"):
         tune(model_name_or_path=str(folder), template="ziya", packing=False, save_steps=1)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a worker forked later would inherit a handler that ends nothing
     kept = sorted((tmp_path / "out").glob("checkpoint-*"))
     assert all(torch.isfinite(tensor).all() for path in kept for tensor in weights(path).values())
 
@@ -306,128 +300,6 @@ def test_a_model_folder_that_lacks_weights_is_refused(tune, tmp_path, model_fold
     save_file({name: tensor for name, tensor in weights(model_folder).items() if "layers.1" not in name}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="lacks 9 of its weights"):
         tune(model_name_or_path=str(folder))
-
-
-def test_an_adapter_of_another_base_is_refused(tune, tmp_path, bytelevel_folder, model_folder):
-    from transformers import AutoTokenizer
-
-    adapter = tune()["output_dir"]
-    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
-    with pytest.raises(BadInput, match="another base"):
-        generate.load(str(make_model(tmp_path / "other", tokenizer, initializer_range=0.3)), adapter)
-    Path(adapter, "yangtuo.json").unlink()
-    with pytest.raises(BadInput, match="does not fit"):
-        generate.load(str(make_model(tmp_path / "wider", tokenizer, hidden_size=32)), adapter)
-    from safetensors.torch import save_file
-
-    file = Path(adapter, "adapter_model.safetensors")
-    save_file({name: tensor for name, tensor in weights(adapter).items() if "layers.1.mlp.up_proj.lora_B" not in name}, file)
-    with pytest.raises(BadInput, match="lacks 1 tensors"):
-        generate.load(str(model_folder), adapter)
-
-
-def test_old_pickled_adapters_load_when_allowed_and_are_converted(tune, model_folder):
-    adapter = Path(tune(template="ziya")["output_dir"])
-    saved = weights(adapter)
-    torch.save(saved, adapter / "pytorch_model.bin")
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(BadInput, match="pickle"):
-        generate.load(str(model_folder), str(adapter))
-    generate.load(str(model_folder), str(adapter), allow_pickle=True)
-    assert same(weights(adapter), saved)
-
-
-# ---- generation ----
-SETTINGS = dict(max_new_tokens=12, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
-
-
-@pytest.fixture(scope="module")
-def talker(model_folder, tmp_path_factory):
-    """A model that has learned its sample by heart: (model, chat, messages of one of its dialogues)."""
-    out = tmp_path_factory.mktemp("talker") / "out"
-    rows = [{"instruction": "你是谁？", "output": "我是小驼🐪，你好龘！"}, {"instruction": "再见", "output": "再见！"}]
-    flags = QUICK | dict(num_train_epochs=60, packing=False, learning_rate=2e-2, lora_dropout=0.0, max_length=128)
-    finetune_lora.main(model_name_or_path=str(model_folder), data_path=write(out.parent, *rows), output_dir=str(out), lora_r=16, lora_alpha=32, **flags)
-    return *generate.load(str(model_folder), str(out)), out
-
-
-def test_a_streamed_answer_is_whole_characters_without_control_tokens_and_stops(talker):
-    model, chat, _ = talker
-    pieces = list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 100}))
-    assert "".join(pieces) == "我是小驼🐪，你好龘！" and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
-
-
-def test_batched_answers_are_those_of_one_at_a_time(talker):
-    model, chat, _ = talker
-    asked = [[{"role": "user", "content": text}] for text in ("你是谁？", "再见", "一个很长的问题，前面要补齐很多位置才行")]
-    together = generate.answer_batch(model, chat, asked, **SETTINGS)
-    assert together == [generate.answer_batch(model, chat, [messages], **SETTINGS)[0] for messages in asked]
-    assert together[1] == "再见！"
-
-
-def test_closing_a_stream_stops_the_model(talker):
-    model, chat, _ = talker
-    stream = generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 1500, "repetition_penalty": 5.0})
-    next(stream)
-    started = time.perf_counter()
-    stream.close()
-    assert time.perf_counter() - started < 5
-
-
-def test_a_failure_while_generating_reaches_the_reader(talker):
-    model, chat, _ = talker
-    with pytest.raises(ValueError, match="penalty"):
-        list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"repetition_penalty": -1.0}))
-
-
-def test_history_is_dropped_by_whole_rounds_and_said(talker, capsys, monkeypatch):
-    model, chat, _ = talker
-    monkeypatch.setattr(model.config, "max_position_embeddings", 150)
-    messages = [{"role": "system", "content": "系统"}] + [{"role": role, "content": f"{role}{n}"} for n in range(9) for role in ("user", "assistant")][:-1]
-    kept = generate.fit(model, chat, messages, 20)
-    assert kept[0] == messages[0] and kept[1]["role"] == "user" and kept[1:] == messages[-len(kept) + 1:] and 2 < len(kept) < len(messages)
-    assert "no longer read" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="more than the model's context"):
-        generate.fit(model, chat, [{"role": "user", "content": "长" * 500}], 20)
-
-
-def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_folder, tmp_path, capsys):
-    _, _, adapter = talker
-    rows = [{"prompt": "你是谁？"}, {"instruction": "再见", "output": "旧答案", "id": 7}, {"input": ["再见", "你是谁？"], "output": ["再见！", ""]}, {"prompt": "再见"}, {"prompt": "谁"}]
-    source = write(tmp_path, *rows)
-    answer = lambda out, **more: generate.main(model_name_or_path=str(model_folder), lora_path=str(adapter), input_file=source, output_file=str(out), per_device_eval_batch_size=2,
-                                       max_new_tokens=12, temperature=0.9, **more)
-    answer(tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert [{key: value for key, value in line.items() if key != "answer"} for line in lines] == rows
-    for cut in (0, 10, len(whole) // 2, len(whole) - 5):
-        (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
-        answer(tmp_path / "cut.jsonl")
-        assert (tmp_path / "cut.jsonl").read_bytes() == whole
-    answer(tmp_path / "cut.jsonl")
-    assert "answered in" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="was begun with seed = .*, now it is 7"):
-        answer(tmp_path / "whole.jsonl", seed=7)
-    write(tmp_path, {"prompt": "别的"}, name="data.jsonl")
-    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
-        answer(tmp_path / "whole.jsonl")
-    (tmp_path / "text.txt").write_text("no JSON\n")
-    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
-        answer(tmp_path / "text.txt")
-    write(tmp_path, {"prompt": "你好", "answer": "旧"}, name="data.jsonl")
-    answer(tmp_path / "again.jsonl")
-    answer(tmp_path / "again.jsonl")
-
-
-def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
-    model, chat, _ = talker
-    typed = iter(["你是谁？", "再见", "/undo", "/system 新的", f"/save {tmp_path / 'kept.jsonl'}", "/clear", "再见", f"/save {tmp_path / 'kept.jsonl'}"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
-    terminal.chat_in_terminal(model, chat, [], SETTINGS)
-    first, second = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
-    assert first[0] == ("system", "新的") and first[1] == ("user", "你是谁？") and first[2][0] == "assistant" and len(first) == 3
-    assert second[0] == ("system", "新的") and second[1] == ("user", "再见") and len(second) == 3
 
 
 # ---- looking ----

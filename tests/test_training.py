@@ -2,22 +2,23 @@
 import math
 from types import MethodType
 
-import numpy
 import pytest
 import torch
 from torch.nn import functional as F
 
-import training
-from training import Blocks, BlockSampler, choose_attention, collate, supervised_forward
-from utils import IGNORE_INDEX, BadInput, Examples
+import finetune_lora
+from finetune_lora import choose_attention, chunks, collate, head_loss, supervised_forward
+from utils import IGNORE_INDEX, BadInput, make_blocks
 
+# The block "training" is the same text in every script that has it (test_consistency.py): here it is finetune_lora.py's
 CONFIG = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
 def llama(attention="documents", **config):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
+    AttentionInterface.register("documents", finetune_lora.document_attention)
     model = LlamaForCausalLM._from_config(LlamaConfig(**CONFIG | config), attn_implementation=attention)
     return model
 
@@ -32,11 +33,15 @@ def documents(count=7, seed=0):
     return made
 
 
+def batch_of(examples, padded=False) -> dict:
+    return collate([list(range(len(examples)))], examples, padded)
+
+
 def test_a_packed_document_has_the_logits_it_has_alone():
     model = llama()
     for example, others in ((example, documents()) for example in documents()):
         alone = model(torch.tensor([example["input_ids"]]), document_lengths=[len(example["input_ids"])]).logits[0]
-        batch = collate([others])
+        batch = batch_of(others)
         packed = model(batch["input_ids"], position_ids=batch["position_ids"], document_lengths=batch["document_lengths"]).logits[0]
         start = sum(len(other["input_ids"]) for other in others[: example["record"]])
         assert (packed[start : start + len(alone)] - alone).abs().max() < 1e-5
@@ -59,7 +64,7 @@ def test_the_gradients_of_a_batch_are_those_of_its_documents_alone(attention, pa
         expected += loss.item()
     ours = llama(attention, tie_word_embeddings=tied)
     ours.forward = MethodType(supervised_forward, ours)
-    loss = ours(**collate([examples[:3], examples[3:]], padded), num_items_in_batch=torch.tensor(total))["loss"]
+    loss = ours(**collate([[0, 1, 2], list(range(3, len(examples)))], examples, padded), num_items_in_batch=torch.tensor(total))["loss"]
     loss.backward()
     assert abs(loss.item() - expected) < 1e-5
     for (name, ours_, ), theirs in zip(ours.named_parameters(), plain.parameters()):
@@ -68,7 +73,7 @@ def test_the_gradients_of_a_batch_are_those_of_its_documents_alone(attention, pa
 
 def test_without_our_attention_documents_would_see_each_other():
     """The test above can fail: one row, no mask, positions from 0, and plain causal attention over all of it."""
-    batch = collate([documents()])
+    batch = batch_of(documents())
     model = llama("sdpa")
     seen = model(batch["input_ids"], position_ids=batch["position_ids"], attention_mask=torch.ones_like(batch["input_ids"])).logits
     ours = llama()(batch["input_ids"], position_ids=batch["position_ids"], document_lengths=batch["document_lengths"]).logits
@@ -78,16 +83,16 @@ def test_without_our_attention_documents_would_see_each_other():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("at_once", [97 * 3, 97 * 1000])
 def test_logits_in_chunks_give_the_loss_and_gradients_of_all_at_once(monkeypatch, at_once, frozen):
-    monkeypatch.setattr(training, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(finetune_lora, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 97, (20,))
     head = torch.nn.Linear(32, 97).requires_grad_(not frozen)
     parameters = [] if frozen else list(head.parameters())
     expected = torch.autograd.grad(F.cross_entropy(head(hidden), targets, reduction="sum") / 7, [hidden, *parameters])
-    loss = training.HeadLoss.apply(hidden, targets, head, *parameters) / 7
+    loss = head_loss(hidden, targets, head) / 7
     for ours, theirs in zip(torch.autograd.grad(loss, [hidden, *parameters]), expected):
         assert (ours - theirs).abs().max() < 1e-5
-    assert training.chunks(head, 20, "cpu")[0] == (0, 3 if at_once < 1000 else 20)
+    assert chunks(head, 20, "cpu")[0] == (0, 3 if at_once < 1000 else 20)
 
 
 def test_the_loss_is_a_number_where_the_hidden_states_sum_to_more_than_fp16_holds():
@@ -95,7 +100,7 @@ def test_the_loss_is_a_number_where_the_hidden_states_sum_to_more_than_fp16_hold
     model.forward = MethodType(supervised_forward, model)
     model.base_model.norm.weight.data.fill_(300.0)
     with torch.no_grad():
-        assert torch.isfinite(model(**collate([documents(30)]))["loss"])
+        assert torch.isfinite(model(**batch_of(documents(30)))["loss"])
 
 
 def test_models_that_change_their_logits_are_refused_and_other_layers_are_not_packed():
@@ -109,7 +114,7 @@ def test_models_that_change_their_logits_are_refused_and_other_layers_are_not_pa
 
 
 def test_no_token_is_predicted_from_the_document_before_it():
-    batch = collate([[{"input_ids": [1, 2], "labels": [1, 2], "record": 0}, {"input_ids": [3, 4], "labels": [3, 4], "record": 1}]])
+    batch = batch_of([{"input_ids": [1, 2], "labels": [1, 2], "record": 0}, {"input_ids": [3, 4], "labels": [3, 4], "record": 1}])
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 2, IGNORE_INDEX, 4]] and batch["position_ids"].tolist() == [[0, 1, 0, 1]]
     assert batch["document_lengths"] == [2, 2] and (batch["tokens"], batch["supervised"]) == (4, 2)
 
@@ -117,30 +122,28 @@ def test_no_token_is_predicted_from_the_document_before_it():
 def test_an_empty_block_trains_nothing():
     model = llama()
     model.forward = MethodType(supervised_forward, model)
-    loss = model(**collate([[]]), num_items_in_batch=torch.tensor(5))["loss"]
+    loss = model(**collate([[]], [], padded=False), num_items_in_batch=torch.tensor(5))["loss"]
     loss.backward()
     assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_each_block_is_trained_once_an_epoch_on_any_number_of_ranks():
-    sampler = BlockSampler(13, 8, seed=3)
-    first = list(sampler)
-    sampler.epoch = 1
-    assert first[13:] == [-1] * 3 and sorted(first[:13]) == list(range(13)) and list(sampler) != first
-    assert list(BlockSampler(13, 8, seed=None)) == [*range(13), -1, -1, -1]
+    """Empty blocks fill up the last global batch: else accelerate would train some blocks twice to make the ranks even."""
+    from accelerate.data_loader import BatchSamplerShard
+
+    blocks = make_blocks([1] * 13, range(13), 1, packing=True, shuffle=False, multiple_of=8)
+    assert blocks == [[e] for e in range(13)] + [[]] * 3
+    for ranks in (1, 2, 4):
+        shards = [BatchSamplerShard(torch.utils.data.BatchSampler(range(len(blocks)), 2, drop_last=False), ranks, rank) for rank in range(ranks)]
+        assert sorted(b for shard in shards for batch in shard for b in batch) == list(range(16))
 
 
-def test_blocks_hold_the_chosen_examples_whole():
-    made = documents(40)
-    ids = [i for example in made for i in example["input_ids"]]
-    labels = [label for example in made for label in example["labels"]]
-    starts = numpy.cumsum([0] + [len(example["input_ids"]) for example in made])
-    examples = Examples(numpy.array(ids), numpy.array(labels) != IGNORE_INDEX, starts, numpy.arange(40), {})
-    chosen = list(range(0, 40, 2))
-    packed, alone = Blocks(examples, chosen, 64, packing=True), Blocks(examples, chosen, 64, packing=False)
-    assert sorted(example["record"] for b in range(len(packed)) for example in packed[b]) == chosen
-    assert [example for b in range(len(alone)) for example in alone[b]] == [made[e] for e in chosen] and packed[-1] == []
-    assert len(packed) < len(alone) and all(sum(len(e["input_ids"]) for e in packed[b]) <= 64 for b in range(len(packed)))
+def test_blocks_hold_the_chosen_examples_whole_and_keep_their_order_on_request():
+    lengths, chosen = [len(example["input_ids"]) for example in documents(40)], list(range(0, 40, 2))
+    packed, kept, alone = (make_blocks(lengths, chosen, 64, packing, shuffle, 1) for packing, shuffle in ((True, True), (True, False), (False, True)))
+    assert sorted(sum(packed, [])) == sum(kept, []) == sum(alone, []) == chosen
+    assert len(packed) <= len(kept) < len(alone) and all(sum(lengths[e] for e in block) <= 64 for block in packed + kept)
+    assert make_blocks([3, 4, 5, 1], range(4), 8, True, False, 1) == [[0, 1], [2, 3]]
 
 
 def test_models_that_cannot_pack_are_padded():
@@ -160,28 +163,9 @@ def test_evaluation_counts_each_token_once():
     model = llama()
     model.forward = MethodType(supervised_forward, model)
     with torch.no_grad():
-        whole = model(**collate([examples]))
-        parts = [model(**collate([[example]]), num_items_in_batch=1) for example in examples]
-    count = collate([examples])["supervised"]
+        whole = model(**batch_of(examples))
+        parts = [model(**batch_of([example]), num_items_in_batch=1) for example in examples]
+    count = batch_of(examples)["supervised"]
     assert math.isclose(float(whole["loss"]), float(sum(part["loss"] for part in parts)) / count, rel_tol=1e-5)
     assert int(whole["correct"]) == sum(int(part["correct"]) for part in parts)
 
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_fast_lora_layer_computes_what_peft_does(rslora):
-    from peft import LoraConfig, get_peft_model
-
-    batch, gradients = collate([documents()]), []
-    for fast in (False, True):
-        torch.manual_seed(2)
-        model = llama()
-        model.forward = MethodType(supervised_forward, model)
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, use_rslora=rslora))
-        if fast:
-            training.speed_up_lora(model)
-        loss = model(**batch)["loss"]
-        loss.backward()
-        gradients.append({"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 1 + 2 * 7 * 2
-    for name in gradients[0]:
-        assert (gradients[0][name] - gradients[1][name]).abs().max() < 1e-5, name

@@ -23,3 +23,12 @@ def test_a_training_wrapper_counts_gpus_and_reaches_other_machines(calls, wrappe
     assert (options["--nproc_per_node"], options["--nnodes"], options["--node_rank"]) == ("3", "2", "1")
     assert (options["--master_addr"], options["--master_port"]) == ("10.0.0.1", "29511")
     assert dict(zip(words[1::2], calls("bash", wrapper, MODEL_PATH="m")[-1][2::2]))["--nproc_per_node"] == "1"
+
+
+@pytest.mark.parametrize("wrapper", [path for path in WRAPPERS if "torchrun" in path.read_text()], ids=lambda path: path.name)
+def test_a_training_wrapper_asks_for_the_memory_first_and_takes_any_character(calls, wrapper):
+    odd = "a b;'c\"$(touch never)"
+    estimate, run = calls("bash", wrapper, "--seed", odd, MODEL_PATH=odd, DATA_PATH=odd, OUTPUT_PATH=odd)[-2:]
+    flags = run[run.index(f"{wrapper.stem}.py") + 1:]
+    assert flags.count(odd) == 4 and estimate[1:4] == ["estimate_memory.py", "--stage", wrapper.stem] and estimate[-1].removeprefix("--run=").split("\n") == flags
+    assert len(calls("bash", wrapper, MODEL_PATH="m", NODE_RANK="1", NNODES="2", PORT="1")) == 1  # said once
