@@ -15,15 +15,14 @@ weights: the table at the end is of one pass. A run that was stopped goes on beh
 Memory: one matrix in fp32, its inputs (tokens x width x 4 bytes; three times the inner width in the MLP), and one Hessian.
 Embedding and head stay in 16 bit.
 """
+import contextlib
 import copy
 import ctypes
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -36,10 +35,9 @@ from typing import Literal
 from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, check_file, check_model, check_output_dir, check_positive, cli, document_turns, fingerprint,
                    hold_out, pack, read_rows, row_turns, show, tokenize_documents, tokenize_records)
 
-BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of what a model needs besides its weights
 MULTIPLE = 32  # of which every size is one: so many codes fill whole words of a file, whatever the bits
 BLOCK = 32  # columns whose errors are passed on together; divides every group
-SHARD = 2**29  # bytes of a file of the result, as much is in memory while it is written
+SHARD = 200e6  # bytes of tensors that are held, and then written as one file
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32
 
 
@@ -96,62 +94,62 @@ def main(
     # ---- load ----
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils import cached_file
 
-    base = local_folder(model_name_or_path, allow_pickle)
-    config = json.loads((base / "config.json").read_text("utf-8"))
-    if "quantization_config" in config:
-        raise BadInput(f"{base} is quantized: give the 16-bit model that it was made from")
     copied = tempfile.TemporaryDirectory()  # stays empty but for pickles, which cannot be read tensor by tensor
-    model, stored, device = load_on_disk(base, copied.name, trust_remote_code, allow_pickle)
+    model, stored, device = load_on_disk(model_name_or_path, copied.name, trust_remote_code, allow_pickle)
     linear = linear_layers(model, group_size)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as problem:
-        raise BadInput(f"no tokenizer could be loaded from {base}: {str(problem).strip().splitlines()[0][:300]}") from None
+        raise BadInput(f"no tokenizer could be loaded from {model_name_or_path}: {str(problem).strip().splitlines()[0][:300]}") from None
     examples = choose_examples(tokenizer, template, calibration_path, eval_path, max_length, calibration_size, seed)
-    ids, labels, positions, real, rows = make_rows(examples, max_length, can_be_packed(model))
+    ids, labels, positions, real, rows = make_rows(examples, max_length, model)
     print(f"calibrating on {len(examples[0]):,} examples, {real[:rows].sum():,} tokens; evaluating on {len(examples[1]):,}, {real[rows:].sum():,} tokens",
           file=sys.stderr)
+    base = Path(cached_file(model_name_or_path, "config.json")).parent  # of a name on the hub, where it was put
+    files = list(base.glob("*.safetensors")) or list(base.glob("*.bin"))
+    before = sum(file.stat().st_size for file in files)
     settings = dict(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, damp_percent=damp_percent, checkpoint_format="gptq" if sym else "gptq_v2")
-    files = sorted(base.glob("*.bin") if os.listdir(copied.name) else {Path(about["safetensors_file"]) for about in stored.values()})
-    named = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in files]  # of pickles, which have no fingerprint
-    facts = settings | {"base": fingerprint(str(base)) or str(named), "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    facts = settings | {"base": fingerprint(str(base)) or before, "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
 
     # ---- quantize ----
-    started = time.monotonic()
-    weights = sum(module.weight.numel() for module in linear.values())
-    expected = weights * (bits + (bits + 16) / max(group_size, MULTIPLE)) / 8 + 2 * (sum(p.numel() for p in model.parameters()) - weights)
-    unfinished = begin_or_go_on(Path(output_dir), facts, int(2 * expected))  # matrix by matrix, and then in the files of a model
+    started, weights = time.monotonic(), sum(module.weight.numel() for module in linear.values())
+    each = (bits + (bits + 16) / max(group_size, MULTIPLE)) / 8  # bytes of a quantized weight, with its share of scale and zero
+    size = 2 * each * weights + 2 * (model.num_parameters() - weights)  # what is quantized is written matrix by matrix, and once more at the end
+    unfinished = begin_or_go_on(Path(output_dir), facts, size)
     quantizer = Quantizer(unfinished / "parts", linear, settings, real[:rows].to(device), ids[rows:].numel())
     copies = lambda tensor: torch.cat([tensor, tensor[rows:], tensor[rows:]]).to(device)  # what is evaluated on, for all three kinds of weights
     with torch.inference_mode(), quantizer.bar:
         apart = {} if positions is None else {"position_ids": copies(positions)}
         hidden = model.base_model(input_ids=copies(ids), use_cache=False, **apart)[0]
-        perplexities = evaluate_copies(model, hidden[rows:], labels[rows:].to(device))
+        perplexities = evaluate_copies(model.get_output_embeddings(), hidden[rows:], labels[rows:].to(device))
     if missing := linear.keys() - quantizer.done:
         raise RunStopped(f"no input came to {min(missing)} ({len(missing)} matrices in all): a model that leaves out layers is not known here")
 
     # ---- save ----
+    config = json.loads((base / "config.json").read_text("utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = config[key] if config.get(key) in ("float16", "bfloat16") else "float16"
-    size = save_shards(unfinished, result(model, stored, linear, unfinished / "parts", getattr(torch, config[key])))
-    for file in files_beside(base):
-        shutil.copyfile(file, unfinished / file.name)
+    save_shards(unfinished, result(model, stored, linear, unfinished / "parts", getattr(torch, config[key])))
+    for file in base.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt") and not file.name.endswith((".index.json", "delta.json")):
+            shutil.copyfile(file, unfinished / file.name)
     written = settings | {"quant_method": "gptq", "lm_head": False, "true_sequential": True, "static_groups": False}
     for name, about in (("config.json", config | {"quantization_config": written}), ("quantize_config.json", written)):
         (unfinished / name).write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
     shutil.rmtree(unfinished / "parts")
     (unfinished / "run.json").unlink()
     unfinished.rename(output_dir)
-    seconds, before = time.monotonic() - started, sum(file.stat().st_size for file in files)
+    seconds, size = time.monotonic() - started, sum(file.stat().st_size for file in Path(output_dir).glob("*.safetensors"))
     print(f"{'weights':18}{'perplexity':>10}{'size':>12}{'time':>10}", file=sys.stderr)
-    for name, key, bytes_of, took in (("original", "original", before, ""), ("rounded (RTN)", "rounded", size, ""), ("GPTQ", "gptq", size, f"{seconds:.0f} s")):
-        print(f"{name:18}{perplexities[key]:10.3f}{bytes_of / 1e9:9.3f} GB{took:>10}", file=sys.stderr)
+    for name, key, taken, took in (("original", "original", before, ""), ("rounded (RTN)", "rounded", size, ""), ("GPTQ", "gptq", size, f"{seconds:.0f} s")):
+        print(f"{name:18}{perplexities[key]:10.3f}{taken / 1e9:9.3f} GB{took:>10}", file=sys.stderr)
     print(json.dumps({"perplexity": perplexities, "bytes": size, "bytes_before": before, "seconds": round(seconds, 1), "output_dir": output_dir}))
 
 
 # ---- what is given ----
-def load_on_disk(folder: Path, copied: str, trust_remote_code: bool, allow_pickle: bool):
+def load_on_disk(model_name_or_path: str, copied: str, trust_remote_code: bool, allow_pickle: bool):
     """(model, {name: where its weight is stored}, device): a model whose weights stay in their files, by accelerate's disk offload.
 
     A module's weight is read, in fp32, just before it runs on the device, a GPU if there is one, and forgotten behind it.
@@ -160,24 +158,26 @@ def load_on_disk(folder: Path, copied: str, trust_remote_code: bool, allow_pickl
     from transformers import AutoModelForCausalLM
 
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # of glibc; -3 is M_MMAP_THRESHOLD
-    mallopt(-3, 2**20)  # what is larger goes back at once: else the heap grows by a matrix now and then, to twice the memory in the end
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone: what is freed between tensors that are held goes back to the system (M_MMAP_THRESHOLD)
+        ctypes.CDLL(None).mallopt(-3, 2**20)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied, use_safetensors=None if allow_pickle else True,
+            model_name_or_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied, use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{folder} could not be loaded: {str(problem).strip().splitlines()[0][:300]}") from problem
+        raise BadInput(f"{model_name_or_path} could not be loaded: {str(problem).strip().splitlines()[0][:300]}") from problem
+    if hasattr(model.config, "quantization_config"):
+        raise BadInput(f"{model_name_or_path} is quantized: give the 16-bit model that it was made from")
     if missing := sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"]):
-        raise BadInput(f"{folder} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+        raise BadInput(f"{model_name_or_path} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise BadInput(f"models of the kind {model.config.model_type} change their logits ({name}), which the evaluation here would leave out")
     stored = model.get_output_embeddings()._hf_hook.weights_map.dataset.index
     for name, source in model.all_tied_weights_keys.items():  # transformers forgets them where it copies pickles
         stored.setdefault(name, stored[source])
-    for module in model.modules():  # with all on disk, accelerate would take the CPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # with all on disk, accelerate would take the CPU
+    for module in model.modules():
         if hasattr(module, "_hf_hook"):
             module._hf_hook.execution_device = device
         module._buffers.update({name: value.to(device) for name, value in module._buffers.items() if value is not None})
@@ -216,14 +216,14 @@ def choose_examples(tokenizer, template: str, calibration_path: str, eval_path: 
 
     def take(source, numbers, tokens: int) -> list[dict]:
         numbers = numpy.random.default_rng(seed).permutation(numbers)
-        lengths = numpy.asarray(source["length"])[numbers]
+        lengths = numpy.asarray(source.with_format("numpy")["length"][:])[numbers]
         enough = int(numpy.searchsorted(numpy.cumsum(lengths), tokens)) + 1  # the last one may be longer than what is left
         return [source[int(e)] for e in sorted(numbers[:enough])]
 
     examples = read(calibration_path)
     if eval_path:
-        others, chosen = read(eval_path), numpy.arange(len(examples))
-        held = numpy.arange(len(others))
+        others, chosen = read(eval_path), range(len(examples))
+        held = range(len(others))
     else:
         records = len(set(examples["record"]))
         if records < 2:
@@ -238,49 +238,35 @@ def holds_text(path: str) -> bool:
         return True
     row = next(iter(read_rows(path, Counter())), None)
     for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
-        try:
+        with contextlib.suppress(BadInput):
             turns_of(row, Counter())
             return turns_of is document_turns
-        except BadInput:
-            pass
     return False  # neither: reading it says what is wrong
 
 
-def can_be_packed(model) -> bool:
-    """Whether transformers keeps the documents of a row apart, by their positions, in every layer of a model; in BLOOM, for one, it does not."""
-    kinds = set(getattr(model.config, "layer_types", None) or [])
-    return model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
-
-
-def make_rows(examples: tuple[list[dict], list[dict]], max_length: int, packed: bool):
-    """What is to calibrate and to evaluate on as rows of one batch: whole examples laid end to end, or one a row, which takes more padding.
+def make_rows(examples: tuple[list[dict], list[dict]], max_length: int, model):
+    """What is to calibrate and to evaluate on as rows of one batch: whole examples laid end to end, which transformers keeps apart by their
+    positions; one a row, with more padding, where it cannot (BLOOM).
 
     Padding stands behind them, where no token sees it, once in each row at least: so transformers always makes a mask. Without
     one, torch would hold all T x T scores of grouped heads on a GPU, having no fused kernel for them in fp32.
 
     Returns:
-        input_ids, labels, position_ids (None if not packed), whether there is a token: (B, T) each, and how many of the B rows are to calibrate on.
+        input_ids, labels, position_ids (or None), whether there is a token: (B, T) each, and how many of the B rows are to calibrate on.
     """
     import torch
 
-    rows, counts = [], []
-    for part in examples:
-        blocks = pack([len(example["input_ids"]) for example in part], max_length) if packed else [[e] for e in range(len(part))]
-        rows += [[part[e] for e in block] for block in blocks]
-        counts.append(len(blocks))
-    shape = len(rows), 1 + max(sum(len(example["input_ids"]) for example in row) for row in rows)
-    ids, labels, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE_INDEX), torch.zeros(shape, dtype=torch.long)
-    real = torch.zeros(shape, dtype=torch.bool)
-    for r, row in enumerate(rows):
-        begin = 0
-        for example in row:
-            end = begin + len(example["input_ids"])
-            ids[r, begin:end] = torch.tensor(example["input_ids"])
-            labels[r, begin + 1 : end] = torch.tensor(example["labels"][1:], dtype=torch.long)  # nothing predicts the first token
-            positions[r, begin:end] = torch.arange(end - begin)
-            begin = end
-        real[r, :begin] = True
-    return ids, labels, positions if packed else None, real, counts[0]
+    packed = model._supports_attention_backend and set(getattr(model.config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+    blocks = [pack([len(example["input_ids"]) for example in part], max_length) if packed else [[e] for e in range(len(part))] for part in examples]
+    rows = [[part[e] for e in block] for part, of_part in zip(examples, blocks) for block in of_part]
+
+    def join(piece, padding):
+        joined = [torch.tensor([value for example in row for value in piece(example)] + [padding]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=padding)
+
+    ids, labels = join(lambda example: example["input_ids"], 0), join(lambda example: [IGNORE_INDEX, *example["labels"][1:]], IGNORE_INDEX)
+    positions, real = join(lambda example: range(len(example["input_ids"])), 0), join(lambda example: [True] * len(example["input_ids"]), False)
+    return ids, labels, positions if packed else None, real, len(blocks[0])
 
 
 # ---- one pass through the model ----
@@ -299,8 +285,8 @@ class Quantizer:
     def __init__(self, folder: Path, linear: dict, settings: dict, real, evaluated: int):
         from tqdm import tqdm
 
-        self.folder, self.settings, self.padding, self.shared, self.done = folder, settings, (~real).flatten().nonzero()[:, 0], (None, None, None), set()
-        self.splits = [real.numel() + evaluated, evaluated, evaluated]
+        self.folder, self.settings, self.padding, self.calibrated = folder, settings, (~real).flatten().nonzero()[:, 0], real.numel()
+        self.splits, self.shared, self.done = [real.numel() + evaluated, evaluated, evaluated], (None, None, None), set()
         self.bar = tqdm(total=len(linear), desc="quantizing", unit=" matrices")
         for name, module in linear.items():
             module._old_forward = partial(self.forward, name, module)  # what accelerate calls while it holds the weight
@@ -319,7 +305,7 @@ class Quantizer:
         else:
             if self.shared[0] is not x:  # query, key and value have one input
                 rows[self.padding] = 0  # no token sees what comes of it
-                self.shared = x, *inverse_factor(hessian(rows[: self.splits[0] - self.splits[1]]), self.settings)
+                self.shared = x, *inverse_factor(hessian(rows[: self.calibrated]), self.settings)
             parts = to_parts(*quantize(weight, *self.shared[1:], self.settings), self.settings)
             save_file({part: tensor.cpu() for part, tensor in parts.items()}, unfinished := file.with_suffix(".unfinished"))
             unfinished.rename(file)
@@ -329,23 +315,20 @@ class Quantizer:
         return torch.cat([F.linear(part, matrix, module.bias) for part, matrix in outputs]).view(*x.shape[:-1], -1)
 
 
-def evaluate_copies(model, hidden, labels) -> dict[str, float]:
+def evaluate_copies(head, hidden, labels) -> dict[str, float]:
     """Perplexities by quantized, original and rounded weights, from the last hidden states (3 * B, T, D) and the labels (B, T)."""
     import torch
     from torch.nn import functional as F
 
-    head, targets = model.get_output_embeddings(), labels[:, 1:]
-    trained = targets != IGNORE_INDEX
-
     def losses(hidden, targets):
-        """(N, D), (N,) -> (N,), a chunk of logits at a time, in the place of the head's own forward, so that its weight is read once."""
-        size = max(1, LOGITS_AT_ONCE // len(head.weight))
-        return torch.cat([F.cross_entropy(F.linear(part, head.weight, head.bias), those, reduction="none")
-                          for part, those in zip(hidden.split(size), targets.split(size))])
+        """(N, D), (N,) -> (N,), a chunk of logits at a time."""
+        chunks = zip(*(tensor.split(max(1, LOGITS_AT_ONCE // len(head.weight))) for tensor in (hidden, targets)))
+        return torch.cat([F.cross_entropy(F.linear(part, head.weight, head.bias), those, reduction="none") for part, those in chunks])
 
-    head._old_forward = losses
+    head._old_forward = losses  # as above; the head is read once
+    trained = labels[:, 1:] != IGNORE_INDEX
     hidden = hidden.view(3, *labels.shape, -1)[:, :, :-1][:, trained]  # (3, N, D)
-    found = head(hidden.flatten(0, 1), targets[trained].repeat(3)).view(3, -1).mean(dim=1).exp()
+    found = head(hidden.flatten(0, 1), labels[:, 1:][trained].repeat(3)).view(3, -1).mean(dim=1).exp()
     return {name: round(float(value), 4) for name, value in zip(("gptq", "original", "rounded"), found)}
 
 
@@ -458,21 +441,21 @@ def to_parts(codes, scales, zeros, g_idx, settings: dict) -> dict:
 
 
 # ---- writing ----
-def begin_or_go_on(output_dir: Path, facts: dict, size: int) -> Path:
+def begin_or_go_on(output_dir: Path, facts: dict, size: float) -> Path:
     """The folder .NAME-unfinished beside output_dir, new or as a run with the same facts left it; BadInput if another run did."""
     unfinished = output_dir.parent / f".{output_dir.name}-unfinished"
     begun = unfinished / "run.json"
-    if not begun.is_file():
-        shutil.rmtree(unfinished, ignore_errors=True)
     for name, before in (json.loads(begun.read_text("utf-8")) if begun.is_file() else {}).items():
         if before != facts[name]:
             raise BadInput(f"{unfinished} was begun with {name} = {str(before)[:20]}, now it is {str(facts[name])[:20]}: give the same, or remove that folder")
-    (unfinished / "parts").mkdir(parents=True, exist_ok=True)
-    left = sum(file.stat().st_size for file in unfinished.rglob("*.safetensors"))
-    if (free := shutil.disk_usage(unfinished).free + left) < size:
-        raise BadInput(f"--output_dir={output_dir} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be written: free some space")
-    (unfinished / "facts").write_text(json.dumps(facts), "utf-8")
-    (unfinished / "facts").rename(begun)  # there whole or not at all
+    if not begun.is_file():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(output_dir.parent).free) < size:
+            raise BadInput(f"--output_dir={output_dir} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be written: free some space")
+        (unfinished / "parts").mkdir(parents=True)
+        (unfinished / "facts").write_text(json.dumps(facts), "utf-8")
+        (unfinished / "facts").rename(begun)  # there whole or not at all
     return unfinished
 
 
@@ -495,47 +478,25 @@ def result(model, stored: dict, linear: dict, folder: Path, dtype):
             yield name, tensor
 
 
-def save_shards(folder: Path, tensors) -> int:
-    """Write (name, tensor) pairs as the safetensors files of a model, SHARD bytes at once, and read them back; returns the bytes of all."""
+def save_shards(folder: Path, tensors) -> None:
+    """Write (name, tensor) pairs as the safetensors files of a model, SHARD bytes at once, and read them back."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    total, held, shards = 0, {}, []
+    held, shards = {}, []
     for name, tensor in itertools.chain(tensors, [(None, None)]):
         if held and (name is None or sum(other.nbytes for other in held.values()) + tensor.nbytes > SHARD):
-            save_file(held, file := folder / f"{len(shards)}.safetensors", {"format": "pt"})
+            save_file(held, file := folder / f"{len(shards)}.part", {"format": "pt"})
             if not all(torch.equal(held[other], read) for other, read in load_file(file).items()):
                 raise RunStopped(f"{file} was written, but reads back otherwise: is the disk damaged?")
-            shards.append(list(held))
-            total += sum(other.nbytes for other in held.values())
-            held = {}
+            shards, held = [*shards, list(held)], {}
         held[name] = tensor
-    places = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    for number, file in enumerate(files):
+        (folder / f"{number}.part").rename(folder / file)
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
-    return total
-
-
-def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
-    """A folder as it is given, or that of a name on the hub, fetched if need be."""
-    if os.path.isdir(model_name_or_path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name_or_path) or Path(model_name_or_path).parent.is_dir():
-        return Path(model_name_or_path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{ending}" for ending in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
-    except (OSError, ValueError) as problem:
-        raise BadInput(f"{model_name_or_path} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
-
-
-def files_beside(folder: Path) -> list[Path]:
-    """What a model needs besides its weights: configuration, tokenizer, chat template."""
-    return sorted(file for file in folder.iterdir() if file.suffix in BESIDE and not file.name.endswith((".index.json", "delta.json")))
 
 
 # ==== gptq ====
@@ -549,27 +510,6 @@ def files_beside(folder: Path) -> list[Path]:
 # and weight[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = g_idx[i]. The first version of the format, "gptq", holds the zero
 # points less one, so that none can be 0: all readers know it, but it is kept to symmetric codes. Others go into "gptq_v2", which holds them as they are.
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def has_gptqmodel() -> bool:
-    """Whether transformers can load a GPTQ folder by itself."""
-    return bool(importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum"))
-
-
-def gptq_config(model_name_or_path: str) -> dict | None:
-    """quantization_config of a GPTQ folder; None for any other. BadInput if it is of a version that is not known here."""
-    file = Path(model_name_or_path) / "config.json"
-    try:
-        config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
-    except ValueError as problem:
-        raise BadInput(f"{file} is no whole JSON: {problem}") from None
-    if config.get("quant_method") != "gptq":
-        return None
-    config.setdefault("checkpoint_format", "gptq")
-    if config["checkpoint_format"] not in ("gptq", "gptq_v2") or config.get("bits") not in (2, 3, 4, 8):
-        raise BadInput(f"{model_name_or_path} is of the GPTQ format {config['checkpoint_format']} with {config.get('bits')} bits, which only gptqmodel "
-                       f"reads: pip install gptqmodel optimum")
-    return config
 
 
 def unpack_codes(words, bits: int):
@@ -593,32 +533,6 @@ def dequantize(parts: dict, settings: dict):
     zeros = unpack_codes(parts["qzeros"].T.contiguous(), bits).T.float() + less
     codes, g_idx = unpack_codes(parts["qweight"], bits), parts["g_idx"].long()
     return ((codes - zeros[g_idx]) * parts["scales"].float()[g_idx]).T.contiguous()
-
-
-def dequantized_state(folder: str, settings: dict, dtype) -> dict:
-    """All weights of a GPTQ folder by name, each layer as a plain matrix; BadInput if some are missing or cut off."""
-    from safetensors import SafetensorError, safe_open
-
-    index = Path(folder) / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    layers, state = {}, {}
-    for file in files:
-        try:
-            with safe_open(Path(folder) / file, "pt") as tensors:
-                for name in tensors.keys():
-                    layer, _, part = name.rpartition(".")
-                    if part not in PARTS:
-                        state[name] = tensors.get_tensor(name).to(dtype)
-                        continue
-                    parts = layers.setdefault(layer, {})
-                    parts[part] = tensors.get_tensor(name)
-                    if len(parts) == len(PARTS):  # they may lie in two files
-                        state[f"{layer}.weight"] = dequantize(layers.pop(layer), settings).to(dtype)
-        except (OSError, SafetensorError) as problem:
-            raise BadInput(f"{folder}: {file} is missing, cut off or damaged, download it again ({problem})") from None
-    for layer, parts in layers.items():
-        raise BadInput(f"{folder} lacks {layer}.{min(set(PARTS) - set(parts))}: finish the download")
-    return state
 
 
 if __name__ == "__main__":
