@@ -1,16 +1,16 @@
-"""Talk to a model: one prompt, a file of them, a chat in the terminal or in the browser.
+"""Talk to a model: one prompt, a file of them, or a chat in the terminal. webui.py has the same in the browser.
 
 Reads   a model folder, and an adapter from finetune_lora.py if there is one
-Writes  answers to the terminal, to output_file or to a web page
+Writes  answers to the terminal, or to output_file
 
     python generate.py --model_name_or_path M                                             # chat
     python generate.py --model_name_or_path M --lora_path A --prompt '你好'                # one answer
     python generate.py --model_name_or_path M --input_file in.jsonl --output_file out.jsonl
-    python generate.py --model_name_or_path M --lora_path A,B --web True                  # a page, to compare them on
 
 The prompt is the one the model was trained with: template and stop tokens come with the model or adapter.
 """
 import bisect
+import importlib.util
 import json
 import os
 import queue
@@ -20,9 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from terminal import chat_in_terminal
-from utils import BadInput, Chat, check_adapter, check_file, check_model, check_positive, cli, prompt_messages, read_rows
-from web import check_page, name_choices, serve_page
+from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_rows,
+                   row_turns)
 
 
 def main(
@@ -42,12 +41,6 @@ def main(
     input_file: str | None = None,
     output_file: str | None = None,
     per_device_eval_batch_size: int = 8,
-    # the page
-    web: bool = False,
-    server_name: str = "127.0.0.1",
-    server_port: int = 7860,
-    auth: str | None = None,
-    share: bool = False,
     # how
     max_new_tokens: int = 512,
     temperature: float = 0.7,
@@ -56,7 +49,7 @@ def main(
     repetition_penalty: float = 1.0,
     seed: int = 42,
 ):
-    """Answer a prompt, a file of prompts, or a person in the terminal or, with --web True, in the browser; lora_path then takes several folders with commas.
+    """Answer a prompt, a file of prompts, or a person in the terminal.
 
     Args:
         model_name_or_path: Folder or hub name of the base model.
@@ -72,11 +65,6 @@ def main(
         input_file: Records or {"prompt": ...} lines to answer.
         output_file: Where their lines go, each with its answer added; a run that was killed goes on where it was.
         per_device_eval_batch_size: Prompts of input_file that are answered together.
-        web: Serve a chat page; several adapters can be chosen from and compared there.
-        server_name: Address that the page listens on; another than this machine's own needs auth.
-        server_port: Port of the page.
-        auth: Who may use the page, as user:password.
-        share: Open the page to the internet too, through a tunnel of Gradio's; needs auth.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_p: Sample among the likeliest tokens that together have this probability.
@@ -84,47 +72,30 @@ def main(
         repetition_penalty: Above 1 makes tokens that were said already less likely.
         seed: Of everything random.
     """
-    check_model(model_name_or_path, allow_pickle, quantized=True)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings)
+    if len(adapters) > 1:
+        raise BadInput(f"--lora_path={lora_path}: several adapters are for webui.py; here give one")
     check_file("input_file", input_file)
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
-    adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
-    for folder in adapters:
-        check_adapter(folder)
-    check_positive(per_device_eval_batch_size=per_device_eval_batch_size, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise BadInput(f"--temperature={temperature} --top_k={top_k} --top_p={top_p}: the first two are at least 0, top_p is above 0 and at most 1")
-    if load_in_8bit and bits == 4:
-        raise BadInput("--load_in_8bit True and --bits 4: give one of them")
-    if web and (prompt or input_file):
-        raise BadInput("--web True answers on the page: leave out --prompt and --input_file")
-    if web:
-        check_page(server_name, server_port, auth, share)
-    elif len(adapters) > 1:
-        raise BadInput(f"--lora_path={lora_path}: several adapters are for the page, add --web True; here give one")
-    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    check_positive(per_device_eval_batch_size=per_device_eval_batch_size)
+    start = [{"role": "system", "content": system}] if system else []
     facts = settings | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system, seed=seed,
                             per_device_eval_batch_size=per_device_eval_batch_size)
-    rows, lines = unanswered(input_file, output_file, facts) if input_file else ([], [])
-    if input_file and len(lines) == len(rows):
-        return print(f"all {len(rows)} records are answered in {output_file} already", file=sys.stderr)
+    asked, lines = read_file(input_file, output_file, start, facts) if input_file else ([], [])
+    if input_file and len(lines) == len(asked):
+        return print(f"all {len(asked)} records are answered in {output_file} already", file=sys.stderr)
 
     # ---- load ----
     import torch
 
-    from models import load_choices
-
-    folders = name_choices(adapters) if web else {"": adapters[0] if adapters else None}
-    model, choices = load_choices(model_name_or_path, folders, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
-    chat = next(chat for chat, _ in choices.values())
+    model, chat = load_model(model_name_or_path, *adapters or [None], template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
     torch.manual_seed(seed)
 
     # ---- answer ----
-    if web:
-        return serve_page(model, choices, settings, system, server_name, server_port, auth, share)
-    start = [{"role": "system", "content": system}] if system else []
     if input_file:
-        answer_file(model, chat, rows, lines, output_file, start, per_device_eval_batch_size, seed, settings)
+        answer_file(model, chat, asked, lines, output_file, per_device_eval_batch_size, seed, settings)
     elif prompt is not None:
         for piece in stream(model, chat, fit(model, chat, start + [{"role": "user", "content": prompt}], max_new_tokens), **settings):
             print(piece, end="", flush=True)
@@ -133,73 +104,25 @@ def main(
         chat_in_terminal(model, chat, start, settings)
 
 
-def load(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
-    """(model, Chat) ready to generate: the tokenizer and template of the adapter if it brings its own, else of the base."""
-    from models import load_choices
-
-    model, choices = load_choices(model_name_or_path, {"": lora_path}, template, bits, precision, trust_remote_code, allow_pickle)
-    return model, choices[""][0]
-
-
-def generation_arguments(model, chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
-    """What model.generate takes; temperature 0 is greedy."""
-    sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    if temperature > 0:
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows > len(chat.tokenizer):  # padding, or tokens that another adapter added
-        sampling["suppress_tokens"] = list(range(len(chat.tokenizer), rows))
-    return sampling | dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
+def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bool, bits: int, load_in_8bit: bool, settings: dict) -> list[str]:
+    """The folders that lora_path names; BadInput if a flag of the model or of sampling cannot be what it is."""
+    check_model(model_name_or_path, allow_pickle, quantized=True)
+    adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
+    for folder in adapters:
+        check_adapter(folder)
+    check_positive(max_new_tokens=settings["max_new_tokens"], repetition_penalty=settings["repetition_penalty"])
+    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise BadInput(f"--temperature={temperature} --top_k={top_k} --top_p={top_p}: the first two are at least 0, top_p is above 0 and at most 1")
+    if load_in_8bit and bits == 4:
+        raise BadInput("--load_in_8bit True and --bits 4: give one of them")
+    return adapters
 
 
-def stream(model, chat: Chat, messages: list[dict], **settings):
-    """Yield the answer to a conversation piece by piece, never half a character; closing the generator stops the model."""
-    import torch
-    from tokenizers.decoders import DecodeStream
-    from transformers import StoppingCriteria, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
-
-    ids = torch.tensor([[i for piece, _ in chat.encode(messages, add_generation_prompt=True) for i in piece]], device=model.device)
-    tokens, closed = queue.Queue(), threading.Event()
-
-    class Tokens(BaseStreamer):
-        prompt = True
-
-        def put(self, value):
-            if not self.prompt:
-                tokens.put(int(value))
-            self.prompt = False
-
-        def end(self):
-            pass
-
-    class Closed(StoppingCriteria):
-        def __call__(self, input_ids, scores, **_):
-            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
-
-    def run():
-        try:
-            with torch.inference_mode():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Tokens(), stopping_criteria=StoppingCriteriaList([Closed()]),
-                               **generation_arguments(model, chat, **settings))
-            tokens.put(None)
-        except BaseException as problem:  # out of memory, say: raised again where the answer is read
-            tokens.put(problem)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    decoder, held = DecodeStream(skip_special_tokens=True), ""
-    try:
-        while (token := tokens.get()) is not None:
-            if isinstance(token, BaseException):
-                raise token
-            held += decoder.step(chat.tokenizer.backend_tokenizer, token) or ""
-            ready = held.rstrip()  # the line break that a template writes before its stop token is no part of the answer
-            yield held[: len(ready)]  # may be nothing, so that who reads can stop at any token
-            held = held[len(ready):]
-    finally:
-        closed.set()
-        thread.join()
+# ---- one answer ----
+def prompt_ids(chat: Chat, messages: list[dict]) -> list[int]:
+    """What the model reads before it answers."""
+    return [i for ids, _ in chat.encode(messages, add_generation_prompt=True) for i in ids]
 
 
 def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[dict]:
@@ -209,82 +132,380 @@ def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[di
     starts = [i for i, message in enumerate(rounds) if message["role"] == "user"]
     if not starts:
         raise BadInput("the conversation asks nothing: it has no user's turn")
-    length = lambda start: sum(len(ids) for ids, _ in chat.encode(system + rounds[start:], add_generation_prompt=True))
+    length = lambda start: len(prompt_ids(chat, system + rounds[start:]))
     fits = lambda start: length(start) + max_new_tokens <= context
     dropped = 0 if fits(starts[0]) else bisect.bisect_left(starts, True, key=fits)  # the fewer rounds, the shorter
     if dropped == len(starts):
-        raise BadInput(f"the prompt has {length(starts[-1])} tokens; with --max_new_tokens {max_new_tokens} that is more than the model's context of {context}")
+        raise BadInput(f"the prompt {rounds[-1]['content'][:20]!r} has {length(starts[-1])} tokens; with --max_new_tokens {max_new_tokens} that is more than "
+                       f"the model's context of {context}")
     if dropped:
         print(f"[the context of {context} tokens is full: the first {dropped} rounds are no longer read]", file=sys.stderr)
     return system + rounds[starts[dropped]:]
+
+
+def generation_arguments(model, chat: Chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
+    """What model.generate takes; temperature 0 is greedy."""
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else greedy
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows > len(chat.tokenizer):  # padding, or tokens that another adapter added
+        sampling["suppress_tokens"] = list(range(len(chat.tokenizer), rows))
+    return sampling | dict(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
+
+
+def text_of(chat: Chat, token_ids):
+    """Yield the text of an answer as its tokens come, never half a character, without what its template writes around it.
+
+    llama2_chinese writes "Assistant: {answer}\\n": its blank and line break are no part of the answer, any others are.
+    """
+    from tokenizers.decoders import DecodeStream
+
+    def decoded(token_ids):  # behind another token, since SentencePiece takes away the blank that a text begins with
+        decoder = DecodeStream(ids=chat.tokenizer.encode("。", add_special_tokens=False)[-1:], skip_special_tokens=True)
+        return (decoder.step(chat.tokenizer.backend_tokenizer, token) or "" for token in token_ids)
+
+    *_, (sample, _), _ = chat.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    before, _, behind = (part if part.isspace() else "" for part in "".join(decoded(sample)).partition("!"))
+    held = ""
+    for piece in decoded(token_ids):
+        held += piece
+        if piece and before:
+            held, before = held.removeprefix(before), ""
+        ready = len(held.rstrip())  # what is behind may be the template's
+        yield held[:ready]  # may be nothing, so that who reads can stop at any token
+        held = held[ready:]
+    yield held.removesuffix(behind)
+
+
+def stream(model, chat: Chat, messages: list[dict], **settings):
+    """Yield the answer to a conversation piece by piece; closing the generator stops the model."""
+    import torch
+    from transformers import StoppingCriteriaList
+
+    prompt = torch.tensor([prompt_ids(chat, messages)], device=model.device)
+    tokens, problems, closed = queue.Queue(), [], threading.Event()
+
+    def watch(ids, scores, **_):  # called after every token
+        tokens.put(int(ids[0, -1]))
+        return torch.full((len(ids),), closed.is_set(), device=ids.device)
+
+    def run():
+        try:
+            with torch.inference_mode():
+                model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([watch]),
+                               **generation_arguments(model, chat, **settings))
+        except BaseException as problem:  # out of memory, say: raised again where the answer is read
+            problems.append(problem)
+        tokens.put(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield from text_of(chat, iter(tokens.get, None))
+    finally:
+        closed.set()
+        thread.join()
+    if problems:
+        raise problems[0]
 
 
 def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings) -> list[str]:
     """Answers to several conversations at once."""
     import torch
 
-    prompts = [[i for piece, _ in chat.encode(messages, add_generation_prompt=True) for i in piece] for messages in conversations]
+    prompts = [prompt_ids(chat, messages) for messages in conversations]
     width = max(map(len, prompts))
     ids = torch.tensor([[chat.stop_ids[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)  # (B, width), padded left
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with torch.inference_mode():
         rows = model.generate(input_ids=ids, attention_mask=mask, **generation_arguments(model, chat, **settings))[:, width:].tolist()
-    texts = (chat.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows)
-    return [text.rstrip().rstrip("\ufffd") for text in texts]  # max_new_tokens may end in the middle of a character
+    return ["".join(text_of(chat, row)) for row in rows]
 
 
-def unanswered(input_file: str, output_file: str, facts: dict) -> tuple[list[dict], list[bytes]]:
-    """(rows of input_file, whole lines of output_file); BadInput if those lines do not answer these rows, or were begun with other facts.
+# ---- a file ----
+def prompt_messages(row: dict) -> list[dict]:
+    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
+    messages = clean_messages(row_turns(row, Counter()), False, Counter())
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] == "system":
+        raise BadInput("it asks nothing")
+    return messages
 
-    The facts are noted in output_file.run.json, for a run that goes on.
+
+def read_file(input_file: str, output_file: str, start: list[dict], facts: dict) -> tuple[list[tuple], list[bytes]]:
+    """([(conversation, its line in output_file up to the answer)], whole lines of output_file).
+
+    BadInput if those lines do not answer these records, or were begun with other facts, which stand in output_file.run.json.
     """
-    rows = list(read_rows(input_file, Counter()))
+    asked = []
+    for row in read_rows(input_file, Counter()):
+        try:
+            messages = prompt_messages(row)
+            line = json.dumps({name: value for name, value in row.items() if name != "answer"}, ensure_ascii=False, default=str)
+            asked.append((start * (messages[0]["role"] != "system") + messages, f'{line[:-1]}, "answer": '.encode()))
+        except (BadInput, UnicodeEncodeError) as problem:
+            raise BadInput(f"{input_file}, record {len(asked)}: {problem}") from None
+    if not Path(output_file).absolute().parent.is_dir() or Path(output_file).is_dir():
+        raise BadInput(f"--output_file={output_file} is a folder, or in one that does not exist: give the path of a file")
     lines = Path(output_file).read_bytes().split(b"\n")[:-1] if Path(output_file).is_file() else []  # what has no line end was cut off
     for number, line in enumerate(lines):
-        try:
-            answered = json.loads(line)
-        except ValueError:
-            answered = None
-        if number >= len(rows) or not isinstance(answered, dict) or answered | {"answer": ""} != rows[number] | {"answer": ""}:
+        if number >= len(asked) or not line.startswith(asked[number][1]):
             raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
-    for number, row in enumerate(rows):
-        try:
-            prompt_messages(row)
-        except BadInput as problem:
-            raise BadInput(f"{input_file}, record {number}: {problem}") from None
     about = Path(f"{output_file}.run.json")
     before = json.loads(about.read_text("utf-8")) if lines and about.is_file() else facts
     if changed := [name for name in facts if before.get(name) != facts[name]]:
-        name = changed[0]
-        raise BadInput(f"{output_file} was begun with {name} = {before.get(name)}, now it is {facts[name]}: give the same, or another --output_file")
+        raise BadInput(f"{output_file} was begun with {changed[0]} = {before.get(changed[0])}, now it is {facts[changed[0]]}: give the same, or another "
+                       f"--output_file")
     about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
-    return rows, lines
+    return asked, lines
 
 
-def answer_file(model, chat: Chat, rows: list[dict], lines: list[bytes], output_file: str, start: list[dict], batch_size: int,
-                seed: int, settings: dict) -> None:
-    """Answer the rows into output_file, in order, after the lines that are there already.
+def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], output_file: str, batch_size: int, seed: int, settings: dict) -> None:
+    """Answer what was asked into output_file, in order, after the lines that are there already.
 
     Each batch has a seed of its own, so that a run that goes on gives the answers of an unbroken one.
     """
     import torch
     from tqdm import tqdm
 
+    conversations = [fit(model, chat, messages, settings["max_new_tokens"]) for messages, _ in asked]
     begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
     with open(output_file, "rb+" if lines else "wb") as file:
         file.truncate(sum(len(line) + 1 for line in lines[:begin]))
         file.seek(0, os.SEEK_END)
-        for first in tqdm(range(begin, len(rows), batch_size), "answering", unit=" batches", initial=begin // batch_size,
-                          total=-(-len(rows) // batch_size)):
-            batch, conversations = rows[first : first + batch_size], []
-            for row in batch:
-                messages = prompt_messages(row)
-                messages = messages if messages[0]["role"] == "system" else start + messages
-                conversations.append(fit(model, chat, messages, settings["max_new_tokens"]))
+        for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
             torch.manual_seed(seed + first)
-            for row, answer in zip(batch, answer_batch(model, chat, conversations, **settings)):
-                file.write((json.dumps(row | {"answer": answer}, ensure_ascii=False) + "\n").encode())
+            answers = answer_batch(model, chat, conversations[first : first + batch_size], **settings)
+            file.writelines(line + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, line), answer in zip(asked[first:], answers))
             file.flush()
+
+
+# ---- a person ----
+def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> None:
+    """/clear forgets the conversation, /undo the last round, /system TEXT sets the system text, /save FILE keeps the
+    conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends."""
+    import readline  # noqa: F401  (lets input() edit Chinese characters)
+
+    print(chat_in_terminal.__doc__, file=sys.stderr)
+    system, messages = start, []
+    while True:
+        try:
+            text = input("\nUser: ").strip()
+        except EOFError:
+            return print()
+        command, _, argument = text.partition(" ")
+        try:
+            if command == "/clear":
+                messages = []
+            elif command == "/undo":
+                messages = messages[:-2]
+            elif command == "/system":
+                system = [{"role": "system", "content": argument}] if argument else []
+            elif command == "/save" and argument:
+                with open(argument, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"messages": system + messages}, ensure_ascii=False) + "\n")
+                print(f"[saved to {argument}]", file=sys.stderr)
+            elif command in ("/save", "/help", "/exit", "/quit"):
+                print(chat_in_terminal.__doc__, file=sys.stderr)
+            elif text:
+                asked = fit(model, chat, [*system, *messages, {"role": "user", "content": text}], settings["max_new_tokens"])
+                messages += [asked[-1], {"role": "assistant", "content": ""}]
+                print("Assistant: ", end="", flush=True)
+                for piece in stream(model, chat, asked, **settings):
+                    messages[-1]["content"] += piece
+                    print(piece, end="", flush=True)
+                print()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except (BadInput, OSError, RuntimeError) as problem:  # a wrong path or too little memory does not lose the conversation
+            print(f"[{problem}]", file=sys.stderr)
+
+
+# ---- loading ----
+def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
+    """(model, Chat), ready to generate."""
+    chat = load_chat(model_name_or_path, lora_path, template, trust_remote_code)
+    model = load_base(model_name_or_path, len(chat.tokenizer), bits, precision, trust_remote_code, allow_pickle)
+    return (load_adapter(model, lora_path, model_name_or_path, allow_pickle) if lora_path else model).eval(), chat
+
+
+def load_chat(model_name_or_path: str, lora_path: str | None, template: str, trust_remote_code: bool) -> Chat:
+    """The tokenizer and template of the adapter if it brings its own, else of the base."""
+    from transformers import AutoTokenizer
+
+    folder = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
+    return Chat(load(AutoTokenizer, folder, trust_remote_code=trust_remote_code), template)
+
+
+def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, trust_remote_code: bool, allow_pickle: bool):
+    """The base: as it is, in LLM.int8 (arXiv:2208.07339), or in NF4 with double quantization (QLoRA, arXiv:2305.14314); with `tokens` rows at least.
+
+    A GPTQ folder has bits of its own, and is made 16 bit again where gptqmodel is not installed.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    cuda, gptq = torch.cuda.is_available(), gptq_config(model_name_or_path)
+    if precision == "auto":  # where bf16 is only emulated, fp16 is faster
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if precision != "fp32" and not cuda:
+        raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+    if gptq and bits < 16:
+        raise BadInput(f"--bits={bits}: {model_name_or_path} is quantized already, to {gptq['bits']} bits by GPTQ: leave --bits at 16")
+    dtype, kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], AutoModelForCausalLM
+    given = dict(dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True)
+    if bits < 16:
+        given["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4",
+                                                          bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if gptq and not has_gptqmodel():
+        config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+        del config.quantization_config
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        given |= dict(config=config, state_dict=dequantized_state(model_name_or_path, gptq, dtype))
+    model = load(kind, None if "state_dict" in given else model_name_or_path, output_loading_info=True, **given)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:  # of a template: each is the mean of the old rows, since a random one is farther from them than they are from one another
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        with torch.no_grad():
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight[rows:] = table.weight[:rows].float().mean(dim=0).to(table.weight)
+    return model
+
+
+def load(auto_class, name: str, **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
+
+
+# ==== adapter ====
+def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
+    """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(lora_path)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():  # old Chinese-Vicuna checkpoints
+        pickles = [folder / name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()]
+        if not pickles or not allow_pickle:
+            but = f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if you trust it, --allow_pickle True converts it" if pickles else ""
+            raise BadInput(f"{lora_path} holds no adapter_model.safetensors{but}")
+        weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
+        save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
+        print(f"converted {pickles[0]} to {file}", file=sys.stderr)
+    about = folder / "yangtuo.json"
+    base = json.loads(about.read_text("utf-8")).get("base_fingerprint") if about.is_file() else None
+    if base and base != (found := fingerprint(model_name_or_path)):
+        raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {base[:12]}, this one has {str(found)[:12]})")
+    try:
+        given = set(load_file(file))
+        if hasattr(model, "peft_config"):
+            model.load_adapter(folder, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors its own
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}, was it trained on another base? {str(problem).strip().splitlines()[0][:300]}") from None
+    if missing := set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)) - given:
+        raise BadInput(f"{lora_path} lacks {len(missing)} tensors, {min(missing)} for one")
+    return model
+
+
+# ==== gptq ====
+# The format: a linear layer of shape (out, in) has four tensors in the place of `weight`:
+#
+#     qweight  int32 (in * bits / 32, out)       codes of 0 to 2^bits - 1, packed along `in`, lowest bits first
+#     qzeros   int32 (groups, out * bits / 32)   zero points, packed along `out`
+#     scales   fp16  (groups, out)
+#     g_idx    int32 (in,)                       the group of each input
+#
+# and weight[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = g_idx[i]. The first version of the format, "gptq", holds the zero
+# points less one, so that none can be 0: all readers know it, but it is kept to symmetric codes. Others go into "gptq_v2", which holds them as they are.
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def has_gptqmodel() -> bool:
+    """Whether transformers can load a GPTQ folder by itself."""
+    return bool(importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum"))
+
+
+def gptq_config(model_name_or_path: str) -> dict | None:
+    """quantization_config of a GPTQ folder; None for any other. BadInput if it is of a version that is not known here."""
+    file = Path(model_name_or_path) / "config.json"
+    try:
+        config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
+    except ValueError as problem:
+        raise BadInput(f"{file} is no whole JSON: {problem}") from None
+    if config.get("quant_method") != "gptq":
+        return None
+    config.setdefault("checkpoint_format", "gptq")
+    if config["checkpoint_format"] not in ("gptq", "gptq_v2") or config.get("bits") not in (2, 3, 4, 8):
+        raise BadInput(f"{model_name_or_path} is of the GPTQ format {config['checkpoint_format']} with {config.get('bits')} bits, which only gptqmodel "
+                       f"reads: pip install gptqmodel optimum")
+    return config
+
+
+def unpack_codes(words, bits: int):
+    """The codes (n, m) in int32 words (n * bits / 32, m), as uint8."""
+    import torch
+
+    words = words.view(-1, bits, words.shape[1]).long() & 0xFFFFFFFF
+    codes = torch.empty(len(words), 32, words.shape[2], dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = words[:, word] >> shift
+        if shift + bits > 32:
+            code |= words[:, word + 1] << 32 - shift
+        codes[:, i] = code & 2**bits - 1
+    return codes.view(-1, words.shape[2])
+
+
+def dequantize(parts: dict, settings: dict):
+    """The weight (out, in), in fp32, that the four tensors of a layer stand for."""
+    bits, less = settings["bits"], int(settings["checkpoint_format"] == "gptq")
+    zeros = unpack_codes(parts["qzeros"].T.contiguous(), bits).T.float() + less
+    codes, g_idx = unpack_codes(parts["qweight"], bits), parts["g_idx"].long()
+    return ((codes - zeros[g_idx]) * parts["scales"].float()[g_idx]).T.contiguous()
+
+
+def dequantized_state(folder: str, settings: dict, dtype) -> dict:
+    """All weights of a GPTQ folder by name, each layer as a plain matrix; BadInput if some are missing or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    index = Path(folder) / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    layers, state = {}, {}
+    for file in files:
+        try:
+            with safe_open(Path(folder) / file, "pt") as tensors:
+                for name in tensors.keys():
+                    layer, _, part = name.rpartition(".")
+                    if part not in PARTS:
+                        state[name] = tensors.get_tensor(name).to(dtype)
+                        continue
+                    parts = layers.setdefault(layer, {})
+                    parts[part] = tensors.get_tensor(name)
+                    if len(parts) == len(PARTS):  # they may lie in two files
+                        state[f"{layer}.weight"] = dequantize(layers.pop(layer), settings).to(dtype)
+        except (OSError, SafetensorError) as problem:
+            raise BadInput(f"{folder}: {file} is missing, cut off or damaged, download it again ({problem})") from None
+    for layer, parts in layers.items():
+        raise BadInput(f"{folder} lacks {layer}.{min(set(PARTS) - set(parts))}: finish the download")
+    return state
+
+
 
 
 if __name__ == "__main__":

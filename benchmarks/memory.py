@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import add
-from memory import Run, estimate, shapes_of, total
+from estimate_memory import Run, estimate, shapes_of, total
 from utils import cli
 
 SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, vocab_size=2000)
@@ -112,18 +112,21 @@ def measure(shapes: dict, changes: dict) -> int:
     import torch
     from peft import LoraConfig, get_peft_model
     from torch.profiler import ProfilerActivity, profile
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-    from utils import Examples
-    from models import DTYPES, freeze, freeze_all_but_embeddings, load_model, table_names
-    from training import Blocks, SupervisedTrainer, make_arguments, speed_up_lora, supervised_forward
+    from finetune import layers_of
+    from finetune_lora import document_attention, make_trainer, speed_up_lora, supervised_forward
 
+    AttentionInterface.register("documents", document_attention)
     flags = DEFAULTS | changes
-    generator, torch_dtype = numpy.random.default_rng(0), DTYPES[flags["precision"]]
+    generator = numpy.random.default_rng(0)
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[flags["precision"]]
     count, length = 2 * flags["batch"] * flags["gradient_accumulation_steps"] * flags["documents"], flags["tokens"] // flags["documents"]
-    ids, supervised = generator.integers(0, shapes["vocab_size"], count * length), generator.random(count * length) < SHARE
-    examples = Examples(ids, supervised, numpy.arange(0, len(ids) + 1, length), numpy.arange(count), {})
-    blocks = Blocks(examples, list(range(count)), flags["tokens"], packing=True, shuffle=False)
+    examples = []
+    for e in range(count):
+        ids, supervised = generator.integers(0, shapes["vocab_size"], length), generator.random(length) < SHARE
+        examples.append({"input_ids": ids.tolist(), "labels": numpy.where(supervised, ids, -100).tolist(), "record": e})
+    blocks = [list(range(b, b + flags["documents"])) for b in range(0, count, flags["documents"])]
     config = LlamaConfig(**shapes, max_position_embeddings=8192)
     with tempfile.TemporaryDirectory() as folder:
         if flags.get("bits"):
@@ -131,28 +134,35 @@ def measure(shapes: dict, changes: dict) -> int:
         gc.collect()  # what is freed while the profiler looks on, and was made before, would count as less than nothing
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             if flags.get("bits"):
-                model = load_model(f"{folder}/base", torch_dtype, flags["bits"], attn_implementation="documents")
+                kind = BitsAndBytesConfig(load_in_8bit=flags["bits"] == 8, load_in_4bit=flags["bits"] == 4, bnb_4bit_quant_type="nf4",
+                                          bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch_dtype)
+                model = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch_dtype, quantization_config=kind, attn_implementation="documents")
                 for tensor in (*model.parameters(), *model.buffers()):  # on a CPU they are parts of the whole file in memory
                     tensor.data = tensor.data.clone()
             else:
                 model = LlamaForCausalLM._from_config(config, attn_implementation="documents", dtype=torch.float32 if flags["train"] == "full" else torch_dtype)
-            if flags.get("freeze_layers"):
-                freeze(model, flags["freeze_layers"], [])
+            for module in (model.get_input_embeddings(), *layers_of(model)[: flags.get("freeze_layers", 0)]) if flags.get("freeze_layers") else ():
+                module.requires_grad_(False)
             model.forward = MethodType(supervised_forward, model)
+            tables = (model.get_input_embeddings(), model.get_output_embeddings())
             if flags["train"] == "embeddings":
-                freeze_all_but_embeddings(model)
+                model.requires_grad_(False)
+                for table in tables:
+                    table.weight.requires_grad_(True)
             if flags["train"] == "lora":
-                targets, tables = flags.get("lora_target_modules", "all-linear"), table_names(model) if flags.get("tables") else None
+                targets = flags.get("lora_target_modules", "all-linear")
+                names = ["embed_tokens"] + ["lm_head"] * (not model.config.tie_word_embeddings) if flags.get("tables") else None
                 model = get_peft_model(model, LoraConfig(
-                    task_type="CAUSAL_LM", r=flags.get("lora_r", 8), lora_dropout=flags["lora_dropout"], modules_to_save=tables,
-                    target_modules=targets if targets == "all-linear" else targets.split(","), ensure_weight_tying=bool(tables)))
+                    task_type="CAUSAL_LM", r=flags.get("lora_r", 8), lora_dropout=flags["lora_dropout"], modules_to_save=names,
+                    target_modules=targets if targets == "all-linear" else targets.split(","), ensure_weight_tying=bool(names)))
                 speed_up_lora(model)
-            args = make_arguments(folder, flags["precision"], None, 0, 0, {"save_strategy": "no", "disable_tqdm": True} | ({"optim": flags["optim"]} if "optim" in flags else {}),
-                                  per_device_train_batch_size=flags["batch"], gradient_accumulation_steps=flags["gradient_accumulation_steps"], num_train_epochs=1,
-                                  gradient_checkpointing=flags["gradient_checkpointing"])
-            trainer = SupervisedTrainer(model, args, blocks, None, False, None, {})
-            trainer.train()
-            trainer.stopper.restore()  # as run_training does: forked processes would not end at a SIGTERM
+            args = TrainingArguments(
+                folder, bf16=flags["precision"] == "bf16", fp16=flags["precision"] == "fp16", per_device_train_batch_size=flags["batch"], num_train_epochs=1,
+                gradient_accumulation_steps=flags["gradient_accumulation_steps"], activation_checkpointing=flags["gradient_checkpointing"],
+                activation_checkpointing_kwargs={"use_reentrant": False} if flags["gradient_checkpointing"] else None, save_strategy="no", disable_tqdm=True,
+                remove_unused_columns=False, report_to="none", use_cpu=not torch.cuda.is_available(),
+                train_sampling_strategy="sequential", **{"optim": flags["optim"]} if "optim" in flags else {})
+            make_trainer(model, args, None, {}, examples, blocks, [], padded=False).train()
     alive = most = 0
     for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
         alive += event.nbytes()

@@ -52,12 +52,11 @@ def main(
     from gradio_client import Client
 
     import generate
-    import web
+    import webui
     from benchmarks.report import add
-    from models import load_choices
 
-    model, choices = load_choices(folder, {"base": None})
-    chat = choices["base"][0]
+    model, choices = webui.load_choices(folder, [])
+    chat = choices[webui.BASE][0]
     settings = dict(max_new_tokens=max_new_tokens, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
     messages = [{"role": "user", "content": QUESTION}]
     ids = torch.tensor([[i for piece, _ in chat.encode(messages, add_generation_prompt=True) for i in piece]])
@@ -66,9 +65,9 @@ def main(
 
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(time.perf_counter()))
-    page = web.serve_page(model, choices, settings, server_port=7989, block=False)
+    page = webui.serve_page(model, choices, settings, server_port=7989)
     client = Client(page.local_url, verbose=False)
-    asked = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}], "base", "", 0.0, 1.0, 0, 1.0, max_new_tokens
+    asked = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}], webui.BASE, "", 0.0, 1.0, 0, 1.0, max_new_tokens
 
     def bare():
         with torch.inference_mode():

@@ -7,6 +7,7 @@ weights, 30 layers, that knows English and nearly no Chinese. It is dequantized 
 """
 import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -30,10 +31,9 @@ def main():
         print(f"preparing the default model in {folder}", file=sys.stderr)
 
         with contextlib.redirect_stdout(sys.stderr), whole_folder(folder) as unfinished:  # the standard output is the folder alone
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is installed, warns that it found no other
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-            import models  # noqa: F401  (it quiets libraries)
 
             AutoTokenizer.from_pretrained(file.parent, gguf_file=NAME).save_pretrained(unfinished)
             AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=NAME, quantization_config=GgufConfig(dequantize=True),

@@ -9,6 +9,7 @@ DATA_PATH=${DATA_PATH:-sample/corpus.txt}         # a file or a folder of docume
 OUTPUT_PATH=${OUTPUT_PATH:-output/pretrain_clm}
 TOT_CUDA=${TOT_CUDA:-}                            # GPUs, as in 0,1; empty: all
 DS_CONFIG=${DS_CONFIG:-}                          # such as ds_configs/zero3.json, to spread a model over GPUs or into RAM
+CHECK_MEMORY=${CHECK_MEMORY:-warn}                # where the run will hardly fit: warn, or stop (exit status 2), or off
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: OUTPUT_PATH on a disk they share
 [[ $NNODES == 1 ]] && PORT=${PORT:-$((20000 + RANDOM % 20000))}  # random, so that two runs on one machine seldom meet
 PORT=${PORT:-29500}
@@ -19,7 +20,13 @@ if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISI
 else GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || GPUS=0; fi
 [[ -n $MODEL_PATH ]] || MODEL_PATH=$(python scripts/default_model.py)
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-exec torchrun --nproc_per_node "$((GPUS > 0 ? GPUS : 1))" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-  --master_addr "$MASTER_ADDR" --master_port "$PORT" pretrain_clm.py \
-  --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
-  ${DS_CONFIG:+--deepspeed "$DS_CONFIG"} "$@"  # last, so that the caller's flags win
+[[ $CHECK_MEMORY =~ ^(warn|stop|off)$ ]] || { echo "error: CHECK_MEMORY=$CHECK_MEMORY is none of warn, stop, off" >&2; exit 2; }
+RANKS=$((GPUS > 0 ? GPUS : 1))
+RUN=(--model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
+  ${DS_CONFIG:+--deepspeed "$DS_CONFIG"} "$@")  # last, so that the caller's flags win
+if [[ $CHECK_MEMORY != off && $NODE_RANK == 0 && ! " $* " =~ " -h "|" --help " ]]; then  # the verdict alone: what else it finds wrong, the run says itself
+  python estimate_memory.py --stage pretrain_clm --ranks "$RANKS" --nnodes "$NNODES" --verdict "$CHECK_MEMORY" "${RUN[@]}" >&2 2> /dev/null ||
+    case $? in 3) exit 2 ;; 130) exit 130 ;; esac
+fi
+exec torchrun --nproc_per_node "$RANKS" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+  --master_addr "$MASTER_ADDR" --master_port "$PORT" pretrain_clm.py "${RUN[@]}"

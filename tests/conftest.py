@@ -93,7 +93,7 @@ name=${0##*/}
 [ $name = nvidia-smi ] && exit 1  # no GPU
 [ "$1" = -c ] && exit 0  # is this installed?
 [ "$1" = scripts/default_model.py ] && echo the/default/model
-printf '%s\\0' $name "$@" >> "$CALLS" && echo >> "$CALLS"
+printf '%s\\0' $name "$@" >> "$CALLS" && printf '\\036' >> "$CALLS"
 """
     for name in ("torchrun", "python", "python3", "pip", "curl", "transformers", "vllm", "nvidia-smi"):
         (tmp_path / "stubs").mkdir(exist_ok=True)
@@ -111,6 +111,6 @@ printf '%s\\0' $name "$@" >> "$CALLS" && echo >> "$CALLS"
         named = {"PATH": f"{tmp_path / 'stubs'}:{os.environ['PATH']}", "CALLS": str(log), "HF_HUB_CACHE": str(tmp_path / "hub"), "VENV": str(tmp_path / "venv")}
         done = subprocess.run(command, env=os.environ | named | environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return [call.split("\0")[:-1] for call in log.read_text().split("\n")[:-1]]
+        return [call.split("\0")[:-1] for call in log.read_text().split("\x1e")[:-1]]
 
     return run

@@ -1,4 +1,6 @@
 """The estimate is right about what it can count, near what is measured, and its advice is true."""
+import ast
+import inspect
 import json
 import re
 import shlex
@@ -10,14 +12,12 @@ import torch
 from conftest import ROOT, make_model
 
 import estimate_memory
-import memory
 from benchmarks.memory import LORA, ON, ROWS, expect, measure
-from memory import Run, estimate, read_shapes, shapes_of, total
+from estimate_memory import STAGES, Run, estimate, read_shapes, shapes_of, total
 from utils import BadInput, RunStopped
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SHORT = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)  # layers outweigh the head
-STAGES = ("finetune", "finetune_lora", "finetune_multi_rounds", "pretrain_clm")
 
 
 def parts_of(capsys, **flags) -> dict[str, float]:
@@ -64,12 +64,11 @@ def test_every_trained_weight_of_an_adapter_is_counted(targets, tables):
 
 
 def test_a_4_bit_base_takes_what_bitsandbytes_makes_of_it(tmp_path, bytelevel_folder):
-    from transformers import AutoTokenizer
-
-    from models import load_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     folder = make_model(tmp_path, AutoTokenizer.from_pretrained(bytelevel_folder), hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-    model = load_model(str(folder), torch.float32, bits=4)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32))
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
     shapes = read_shapes(str(folder))
@@ -79,9 +78,8 @@ def test_a_4_bit_base_takes_what_bitsandbytes_makes_of_it(tmp_path, bytelevel_fo
 
 
 def test_what_the_arithmetic_shares_with_the_training_step_is_the_same():
-    import training
-
-    assert memory.LOGITS_AT_ONCE == training.LOGITS_AT_ONCE
+    shared = re.search(r"^LOGITS_AT_ONCE = (\d+)\*\*(\d+)", (ROOT / "finetune_lora.py").read_text("utf-8"), re.M)
+    assert shared and estimate_memory.LOGITS_AT_ONCE == int(shared[1]) ** int(shared[2])
 
 
 def test_zero_spreads_what_it_says_and_offload_leaves_the_card(capsys):
@@ -129,9 +127,9 @@ def test_no_advice_where_nothing_helps():
 @pytest.mark.parametrize("flags, message", [
     (dict(model_name_or_path="llama-2-13"), "did you mean llama-2-13b"),
     (dict(model_name_or_path="meta-llama/Llama-5-1T"), "nothing is downloaded"),
-    (dict(stage="finetune", model_name_or_path="llama-2-7b", bits=4), "quantized ones cannot be trained"),
+    (dict(stage="finetune", model_name_or_path="llama-2-7b", bits=4), "bits is not a flag of finetune.py: .* take --stage finetune_lora or pretrain_clm"),
     (dict(stage="pretrain_clm", train="full", model_name_or_path="llama-2-7b", bits=8), "needs --train lora"),
-    (dict(stage="finetune", model_name_or_path="llama-2-7b", deepspeed="zero3.json"), "ZeRO-3 on one GPU without offload"),
+    (dict(stage="finetune", model_name_or_path="llama-2-7b", deepspeed="zero3.json"), "ZeRO-3 on one GPU has nobody to share with"),
     (dict(model_name_or_path="llama-2-7b", bits=4, ranks=2, deepspeed="zero3.json"), "cannot be spread by ZeRO-3"),
     (dict(stage="finetune", model_name_or_path="llama-2-7b", lora_r=4), "not a flag of finetune.py"),
     (dict(stage="finetune", model_name_or_path="llama-2-7b", freeze_layers=32), "leave one at least"),
@@ -147,7 +145,7 @@ def test_bad_input_is_one_line(flags, message, monkeypatch):
 def test_a_config_without_a_field_is_refused_and_an_unknown_architecture_is_not(tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "llama"} | {name: value for name, value in TINY.items() if name != "intermediate_size"}))
-    with pytest.raises(BadInput, match="has no intermediate_size"):
+    with pytest.raises(BadInput, match="intermediate_size is missing"):
         estimate_memory.main(model_name_or_path=str(file))
     file.write_text(json.dumps({"model_type": "novel"} | TINY))
     estimate_memory.main(model_name_or_path=str(file))
@@ -155,9 +153,10 @@ def test_a_config_without_a_field_is_refused_and_an_unknown_architecture_is_not(
     file.write_text(json.dumps({"model_type": "llama"} | TINY | {"num_hidden_layers": "two"}))
     with pytest.raises(BadInput, match="num_hidden_layers is 'two'"):
         estimate_memory.main(model_name_or_path=str(file))
-    file.write_text("{")
-    with pytest.raises(BadInput, match="no config.json"):
-        estimate_memory.main(model_name_or_path=str(file))
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(BadInput, match="no config.json"):
+            estimate_memory.main(model_name_or_path=str(file))
 
 
 def test_it_takes_no_torch_and_the_readmes_have_its_table():
@@ -169,34 +168,63 @@ def test_it_takes_no_torch_and_the_readmes_have_its_table():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_training_script_says_what_it_will_take_and_refuses_on_request(stage, model_folder, tmp_path, monkeypatch, capsys):
-    import importlib
+def test_any_flag_of_the_training_script_may_be_given_and_no_other(stage, monkeypatch, capsys):
+    """A wrapper hands over the command line of its run; defaults are the script's own."""
+    from test_consistency import flags_of, main_of
 
-    import models
+    from utils import cli
 
-    class Loaded(Exception):
-        pass
+    def run(*words) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--stage", stage, "--model_name_or_path", "llama-2-7b", *words])
+        try:
+            cli(estimate_memory.main)
+        except SystemExit as ended:
+            return ended.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
 
-    def load_model(*_, **__):
-        raise Loaded
+    status, plain = run("--logging_steps", "1")
+    arguments = main_of(f"{stage}.py").args
+    defaults = {argument.arg: ast.literal_eval(default) for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults) if default}
+    assert status == 0 and run(*(word for name, value in defaults.items() for word in (f"--{name}", str(value)))) == (0, plain)
+    assert f"{defaults['max_length']:,} tokens at once" in plain and defaults.keys() | {"data_path"} <= inspect.signature(estimate_memory.main).parameters.keys()
+    assert run("--max_lenght", "1") == (2, "error: --max_lenght is not a flag of estimate_memory.py: did you mean --max_length?\n")
+    assert run("--max_length", "long") == (2, "error: --max_length=long is not a whole number\n")
+    foreign = next(name for other in STAGES for name in flags_of(f"{other}.py") if name not in flags_of(f"{stage}.py"))
+    assert f"--{foreign} is not a flag of {stage}.py: leave it out, or take --stage" in run(f"--{foreign}", {"train": "lora", "bits": "4"}.get(foreign, "1"))[1]
+    assert run("--help")[0] == 0
 
-    monkeypatch.setattr(models, "load_model", load_model)
-    data = "corpus.txt" if stage == "pretrain_clm" else "conversation.json"
-    run = lambda **flags: importlib.import_module(stage).main(
-        model_name_or_path=str(model_folder), data_path=str(ROOT / "sample" / data), output_dir=str(tmp_path), max_length=64, **flags)
-    with pytest.raises(Loaded):
-        run(check_memory=True)
-    assert "memory (estimate): 0.0" in capsys.readouterr().err
-    monkeypatch.setattr(memory, "estimate", lambda shapes, run: {"weights": 1e15, "host": 0})
-    with pytest.raises(BadInput, match="1000000.00 GB for 64 tokens at once.*estimate_memory.py --fit"):
-        run(check_memory=True)
-    with pytest.raises(Loaded):
-        run()
-    assert "hardly fit" in capsys.readouterr().err
-    monkeypatch.setattr(memory, "shapes_of", lambda config, where: shapes_of({}, where))
-    with pytest.raises(Loaded):  # an architecture without an estimate is trained all the same
-        run()
-    assert "no estimate" in capsys.readouterr().err
+
+def test_a_model_in_the_hub_s_cache_is_known_and_one_that_is_begun_from_a_configuration(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama"} | TINY))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert read_shapes("some/model") == read_shapes(str(snapshot))
+    sizes = [parts_of(capsys, stage="pretrain_clm", model_name_or_path="llama-2-7b", **more)["sum"] for more in ({}, {"config_name": str(snapshot)})]
+    assert sizes[1] < 0.1 * sizes[0]
+
+
+@pytest.mark.parametrize("cards, ram, flags, fits, change", [
+    ([], 10**12, {}, True, ""), ([24 * 10**9], 0, {}, True, ""), ([8 * 10**9, 24 * 10**9], 0, {}, False, "--bits 4"),
+    ([24 * 10**9], 10**12, dict(stage="finetune"), False, "zero2_offload.json"), ([24 * 10**9], 10**11, dict(stage="finetune"), False, "no flags make this fit 24 GB"),
+    ([], 20 * 10**9, {}, False, "--bits 4")], ids=str)
+def test_a_run_is_compared_with_what_is_free(monkeypatch, capsys, cards, ram, flags, fits, change):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(estimate_memory, "free_memory", lambda: (cards, ram))
+    flags = dict(model_name_or_path="llama-2-7b") | flags
+    estimate_memory.main(**flags, verdict="warn")
+    out = capsys.readouterr().out
+    assert out.startswith("memory (estimate): ") and ("each GPU" if cards else "this machine, which has no GPU") in out
+    assert ("hardly fit" not in out) == fits and change in out and len(out.splitlines()) == 2 - fits
+    if fits:
+        return estimate_memory.main(**flags, verdict="stop")
+    with pytest.raises(RunStopped) as stopped:
+        estimate_memory.main(**flags, verdict="stop")
+    assert stopped.value.status == 3
 
 
 def test_the_table_of_the_benchmark_names_what_the_estimate_knows():

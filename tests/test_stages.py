@@ -18,7 +18,6 @@ from test_records import write
 
 import finetune_lora
 import generate
-import terminal
 import inspect_labels
 from utils import BadInput, Chat, RunStopped, tokenize_records
 
@@ -52,8 +51,8 @@ def same(a, b, within=0.0):
 def test_a_saved_adapter_changes_the_answers_of_its_base(tune, model_folder):
     report = tune(num_train_epochs=3)
     assert report.keys() == {"tokens", "supervised_tokens", "seconds", "tokens_per_second", "train_loss", "eval_loss", "peak_memory_bytes", "output_dir"}
-    base, chat = generate.load(str(model_folder), template="chatml")
-    tuned, tuned_chat = generate.load(str(model_folder), report["output_dir"])
+    base, chat = generate.load_model(str(model_folder), template="chatml")
+    tuned, tuned_chat = generate.load_model(str(model_folder), report["output_dir"])
     ids = torch.tensor([[i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], True) for i in piece]])
     assert (base(ids).logits - tuned(ids).logits).abs().max() > 0.1
     assert tuned_chat.jinja == chat.jinja and tuned_chat.stop_ids == chat.stop_ids
@@ -64,7 +63,7 @@ def test_a_saved_adapter_changes_the_answers_of_its_base(tune, model_folder):
 
 def test_tuning_learns_and_counts_its_tokens(tune, model_folder):
     report = tune(num_train_epochs=6, eval_path=DATA, eval_steps=5, save_steps=5)
-    chat = Chat(generate.load(str(model_folder))[1].tokenizer, "chatml")
+    chat = Chat(generate.load_model(str(model_folder))[1].tokenizer, "chatml")
     _, counts = tokenize_records(DATA, chat, 256)
     history = json.loads(sorted(Path(report["output_dir"]).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[-1].joinpath("trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -87,7 +86,7 @@ def test_eight_blocks_at_once_train_as_one_block_eight_times(tune, tmp_path):
                                    {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "bits": 4}, {"gradient_checkpointing": True, "bits": 8}, {"neftune_noise_alpha": 5.0}, {"report_to": "tensorboard"}], ids=str)
 def test_every_way_to_tune_gives_an_adapter_that_loads(tune, model_folder, flags):
     report = tune(**flags)
-    model, chat = generate.load(str(model_folder), report["output_dir"], bits=flags.get("bits", 16))
+    model, chat = generate.load_model(str(model_folder), report["output_dir"], bits=flags.get("bits", 16))
     assert isinstance("".join(generate.stream(model, chat, [{"role": "user", "content": "你好"}], max_new_tokens=5, temperature=0, top_p=1, top_k=0, repetition_penalty=1.0)), str)
     names = {name.split(".")[-3] for name in weights(report["output_dir"]) if "lora_A" in name}
     assert names == ({"q_proj", "v_proj"} if "lora_target_modules" in flags else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -114,7 +113,7 @@ def test_new_control_tokens_start_as_the_mean_and_are_saved_without_the_rest_of_
     assert not any(tensor.shape[0] > 500 and "embed" in name for name, tensor in saved.items())
     trained = [tensor for name, tensor in saved.items() if "trainable_tokens" in name]
     assert len(trained) == (1 if tied else 2) and all(tensor.shape == (4, 64) for tensor in trained)
-    tuned, tuned_chat = generate.load(str(folder), report["output_dir"])
+    tuned, tuned_chat = generate.load_model(str(folder), report["output_dir"])
     assert tuned_chat.stop_ids[-1] == tuned_chat.tokenizer.convert_tokens_to_ids("<|End|>")
     row = tuned.get_input_embeddings()(torch.tensor([tuned_chat.stop_ids[-1]]))
     assert (row - old.mean(0)).abs().max() > 1e-3  # it was trained
@@ -137,7 +136,7 @@ def test_other_families_are_tuned_too(tmp_path, tune, bytelevel_folder, family):
 
 def test_a_checkpoint_answers_with_the_template_it_is_trained_with(tune, model_folder):
     out = Path(tune(template="ziya", save_steps=1, max_steps=2)["output_dir"])
-    assert generate.load(str(model_folder), str(out / "checkpoint-1"))[1].jinja == generate.load(str(model_folder), str(out))[1].jinja
+    assert generate.load_model(str(model_folder), str(out / "checkpoint-1"))[1].jinja == generate.load_model(str(model_folder), str(out))[1].jinja
     assert not list(out.rglob("training_args.bin"))
 
 
@@ -191,9 +190,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path, model_
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, model_folder):
-    process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     for line in process.stderr:
-        if (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").is_file():
+        if list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
             break
     process.send_signal(signal.SIGINT)
     error = process.stderr.read()
@@ -303,134 +303,12 @@ def test_a_model_folder_that_lacks_weights_is_refused(tune, tmp_path, model_fold
         tune(model_name_or_path=str(folder))
 
 
-def test_an_adapter_of_another_base_is_refused(tune, tmp_path, bytelevel_folder, model_folder):
-    from transformers import AutoTokenizer
-
-    adapter = tune()["output_dir"]
-    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
-    with pytest.raises(BadInput, match="another base"):
-        generate.load(str(make_model(tmp_path / "other", tokenizer, initializer_range=0.3)), adapter)
-    Path(adapter, "yangtuo.json").unlink()
-    with pytest.raises(BadInput, match="does not fit"):
-        generate.load(str(make_model(tmp_path / "wider", tokenizer, hidden_size=32)), adapter)
-    from safetensors.torch import save_file
-
-    file = Path(adapter, "adapter_model.safetensors")
-    save_file({name: tensor for name, tensor in weights(adapter).items() if "layers.1.mlp.up_proj.lora_B" not in name}, file)
-    with pytest.raises(BadInput, match="lacks 1 tensors"):
-        generate.load(str(model_folder), adapter)
-
-
-def test_old_pickled_adapters_load_when_allowed_and_are_converted(tune, model_folder):
-    adapter = Path(tune(template="ziya")["output_dir"])
-    saved = weights(adapter)
-    torch.save(saved, adapter / "pytorch_model.bin")
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(BadInput, match="pickle"):
-        generate.load(str(model_folder), str(adapter))
-    generate.load(str(model_folder), str(adapter), allow_pickle=True)
-    assert same(weights(adapter), saved)
-
-
-# ---- generation ----
-SETTINGS = dict(max_new_tokens=12, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
-
-
-@pytest.fixture(scope="module")
-def talker(model_folder, tmp_path_factory):
-    """A model that has learned its sample by heart: (model, chat, messages of one of its dialogues)."""
-    out = tmp_path_factory.mktemp("talker") / "out"
-    rows = [{"instruction": "你是谁？", "output": "我是小驼🐪，你好龘！"}, {"instruction": "再见", "output": "再见！"}]
-    flags = QUICK | dict(num_train_epochs=60, packing=False, learning_rate=2e-2, lora_dropout=0.0, max_length=128)
-    finetune_lora.main(model_name_or_path=str(model_folder), data_path=write(out.parent, *rows), output_dir=str(out), lora_r=16, lora_alpha=32, **flags)
-    return *generate.load(str(model_folder), str(out)), out
-
-
-def test_a_streamed_answer_is_whole_characters_without_control_tokens_and_stops(talker):
-    model, chat, _ = talker
-    pieces = list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 100}))
-    assert "".join(pieces) == "我是小驼🐪，你好龘！" and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
-
-
-def test_batched_answers_are_those_of_one_at_a_time(talker):
-    model, chat, _ = talker
-    asked = [[{"role": "user", "content": text}] for text in ("你是谁？", "再见", "一个很长的问题，前面要补齐很多位置才行")]
-    together = generate.answer_batch(model, chat, asked, **SETTINGS)
-    assert together == [generate.answer_batch(model, chat, [messages], **SETTINGS)[0] for messages in asked]
-    assert together[1] == "再见！"
-
-
-def test_closing_a_stream_stops_the_model(talker):
-    model, chat, _ = talker
-    stream = generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"max_new_tokens": 1500, "repetition_penalty": 5.0})
-    next(stream)
-    started = time.perf_counter()
-    stream.close()
-    assert time.perf_counter() - started < 5
-
-
-def test_a_failure_while_generating_reaches_the_reader(talker):
-    model, chat, _ = talker
-    with pytest.raises(ValueError, match="penalty"):
-        list(generate.stream(model, chat, [{"role": "user", "content": "你是谁？"}], **SETTINGS | {"repetition_penalty": -1.0}))
-
-
-def test_history_is_dropped_by_whole_rounds_and_said(talker, capsys, monkeypatch):
-    model, chat, _ = talker
-    monkeypatch.setattr(model.config, "max_position_embeddings", 150)
-    messages = [{"role": "system", "content": "系统"}] + [{"role": role, "content": f"{role}{n}"} for n in range(9) for role in ("user", "assistant")][:-1]
-    kept = generate.fit(model, chat, messages, 20)
-    assert kept[0] == messages[0] and kept[1]["role"] == "user" and kept[1:] == messages[-len(kept) + 1:] and 2 < len(kept) < len(messages)
-    assert "no longer read" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="more than the model's context"):
-        generate.fit(model, chat, [{"role": "user", "content": "长" * 500}], 20)
-
-
-def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_folder, tmp_path, capsys):
-    _, _, adapter = talker
-    rows = [{"prompt": "你是谁？"}, {"instruction": "再见", "output": "旧答案", "id": 7}, {"input": ["再见", "你是谁？"], "output": ["再见！", ""]}, {"prompt": "再见"}, {"prompt": "谁"}]
-    source = write(tmp_path, *rows)
-    answer = lambda out, **more: generate.main(model_name_or_path=str(model_folder), lora_path=str(adapter), input_file=source, output_file=str(out), per_device_eval_batch_size=2,
-                                       max_new_tokens=12, temperature=0.9, **more)
-    answer(tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert [{key: value for key, value in line.items() if key != "answer"} for line in lines] == rows
-    for cut in (0, 10, len(whole) // 2, len(whole) - 5):
-        (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
-        answer(tmp_path / "cut.jsonl")
-        assert (tmp_path / "cut.jsonl").read_bytes() == whole
-    answer(tmp_path / "cut.jsonl")
-    assert "answered in" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="was begun with seed = .*, now it is 7"):
-        answer(tmp_path / "whole.jsonl", seed=7)
-    write(tmp_path, {"prompt": "别的"}, name="data.jsonl")
-    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
-        answer(tmp_path / "whole.jsonl")
-    (tmp_path / "text.txt").write_text("no JSON\n")
-    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
-        answer(tmp_path / "text.txt")
-    write(tmp_path, {"prompt": "你好", "answer": "旧"}, name="data.jsonl")
-    answer(tmp_path / "again.jsonl")
-    answer(tmp_path / "again.jsonl")
-
-
-def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
-    model, chat, _ = talker
-    typed = iter(["你是谁？", "再见", "/undo", "/system 新的", f"/save {tmp_path / 'kept.jsonl'}", "/clear", "再见", f"/save {tmp_path / 'kept.jsonl'}"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
-    terminal.chat_in_terminal(model, chat, [], SETTINGS)
-    first, second = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
-    assert first[0] == ("system", "新的") and first[1] == ("user", "你是谁？") and first[2][0] == "assistant" and len(first) == 3
-    assert second[0] == ("system", "新的") and second[1] == ("user", "再见") and len(second) == 3
-
-
 # ---- looking ----
 def test_the_dump_is_what_is_trained_in_file_order(model_folder, tmp_path, capsys):
     flags = dict(model_name_or_path=str(model_folder), data_path=DATA, template="alpaca", max_length=128)
     inspect_labels.main(**flags, record=5, dump=str(tmp_path / "dump.jsonl"), html=str(tmp_path / "record.html"))
     dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
-    chat = Chat(generate.load(str(model_folder))[1].tokenizer, "alpaca")
+    chat = Chat(generate.load_model(str(model_folder))[1].tokenizer, "alpaca")
     assert dumped == list(tokenize_records(DATA, chat, 128)) and [d["record"] for d in dumped] == sorted(d["record"] for d in dumped)
     out = capsys.readouterr().out
     assert "«听到这个消息我也替你可惜。" in out and "10 records" in out and "█" in out

@@ -10,8 +10,7 @@ from conftest import ROOT
 
 import finetune_lora
 import generate
-import web
-from models import load_choices
+import webui
 from utils import BadInput, read_records
 
 DATA = str(ROOT / "sample" / "conversation.json")
@@ -26,24 +25,24 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def adapters(model_folder, tmp_path_factory) -> dict[str, str | None]:
+def adapters(model_folder, tmp_path_factory) -> dict[str, str]:
     """Two adapters whose templates differ; the second one's adds tokens to the base's vocabulary."""
     folders = {}
     for name in ("ziya", "yayi"):
         folders[name] = str(tmp_path_factory.mktemp("adapters") / name)
         finetune_lora.main(model_name_or_path=str(model_folder), data_path=DATA, output_dir=folders[name], template=name, max_length=256,
                            gradient_accumulation_steps=1, max_steps=8, learning_rate=1e-2, gradient_checkpointing=False)
-    return folders | {web.BASE: None}
+    return folders
 
 
 class Site:
     """The page with what its model is asked: `passes` holds the adapter of every forward pass, `prompts` the ids of every prompt."""
 
     def __init__(self, model_folder, adapters):
-        self.model, self.choices = load_choices(str(model_folder), adapters)
+        self.model, self.choices = webui.load_choices(str(model_folder), list(adapters.values()))
         self.pause, self.problem, self.passes, self.prompts = 0.0, None, [], []
         self.model.get_base_model().register_forward_pre_hook(self.watch, with_kwargs=True)
-        self.page = web.serve_page(self.model, self.choices, GREEDY, server_port=free_port(), block=False)
+        self.page = webui.serve_page(self.model, self.choices, GREEDY, server_port=free_port())
 
     def watch(self, model, arguments, named):
         self.passes.append(None if model.model.layers[0].self_attn.q_proj.disable_adapters else self.model.active_adapter)
@@ -146,7 +145,7 @@ def tabs(browser, site):
 def alone(site, name, *turns, **settings):
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     chat, adapter = site.choices[name]
-    with web.adapted(site.model, adapter):
+    with webui.adapted(site.model, adapter):
         return "".join(generate.stream(site.model, chat, messages, **GREEDY | settings))
 
 
@@ -155,20 +154,20 @@ def alone(site, name, *turns, **settings):
     ({"server_name": "0.0.0.0"}, "--auth user:password"), ({"share": True}, "--auth user:password"), ({"server_name": "example.invalid", "auth": "a:b"}, "cannot be listened on"),
     ({"auth": "secret"}, "must be user:password"), ({"auth": ":secret"}, "must be user:password"), ({"server_port": 99999}, "--server_port")], ids=str)
 def test_a_page_that_others_could_open_needs_a_password(model_folder, flags, said, monkeypatch):
-    monkeypatch.setattr("models.load_choices", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("webui.load_base", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(BadInput, match=said):
-        generate.main(model_name_or_path=str(model_folder), web=True, **flags)
+        webui.main(model_name_or_path=str(model_folder), **flags)
 
 
-def test_several_adapters_are_for_the_page(model_folder, adapters):
-    with pytest.raises(BadInput, match="add --web True"):
+def test_several_adapters_are_for_the_page_alone(model_folder, adapters):
+    with pytest.raises(BadInput, match="are for webui.py"):
         generate.main(model_name_or_path=str(model_folder), lora_path=f"{adapters['ziya']},{adapters['yayi']}", prompt="你好")
 
 
 def test_a_password_is_asked_for(site):
     import httpx
 
-    page = web.serve_page(site.model, site.choices, GREEDY, server_port=free_port(), auth="yangtuo:a:b", block=False)
+    page = webui.serve_page(site.model, site.choices, GREEDY, server_port=free_port(), auth="yangtuo:a:b")
     try:
         assert httpx.get(f"{page.local_url}config").status_code == 401
         assert httpx.post(f"{page.local_url}login", data={"username": "yangtuo", "password": "a:b"}).status_code == 200
@@ -180,11 +179,11 @@ def test_a_password_is_asked_for(site):
 
 # ---- adapters and texts ----
 def test_every_choice_answers_as_if_it_were_loaded_alone(site, model_folder, adapters):
-    assert len({alone(site, name, "你好") for name in adapters}) == 3
-    for name, folder in adapters.items():
-        model, chat = generate.load(str(model_folder), folder)
+    assert len({alone(site, name, "你好") for name in site.choices}) == 3
+    for name, folder in (adapters | {webui.BASE: None}).items():
+        model, chat = generate.load_model(str(model_folder), folder)
         ids = torch.tensor([site.prompt(name, "你好", "嗯", "再见")])
-        with torch.inference_mode(), web.adapted(site.model, site.choices[name][1]):
+        with torch.inference_mode(), webui.adapted(site.model, site.choices[name][1]):
             logits = site.model(input_ids=ids).logits
         assert torch.equal(logits[..., : len(chat.tokenizer)], model(ids).logits[..., : len(chat.tokenizer)])
         sampled = [list(generate.stream(site.model, site.choices[name][0], [{"role": "user", "content": "你好"}], **GREEDY | {"temperature": 2.0})) for _ in range(3)]
@@ -196,15 +195,15 @@ def test_every_choice_answers_as_if_it_were_loaded_alone(site, model_folder, ada
 
 @pytest.mark.parametrize("text", ["<script>x</script> & &lt; &amp; a<b", "`<b>` ``a ` <i>`` <u>", "```html\n<p>$1$</p>\n```\n<p>", "~~~\n<a>", "$x^2$ 和 $5、$6 \\(a\\) $$b$$ ![](http://a/b)", "", "<", "a `b\n\n<c> d`"])
 def test_what_the_page_shows_can_be_taken_back(text):
-    assert web.say_text({"content": [{"type": "text", "text": web.show_text(text)}]}) == text
+    assert webui.say_text({"content": [{"type": "text", "text": webui.show_text(text)}]}) == text
 
 
 def test_questions_without_answers_and_notices_are_not_read():
-    shown = [{"role": "user", "content": "一"}, {"role": "assistant", "content": "太长", "metadata": {"title": web.NOTICE}}, {"role": "user", "content": "二"},
+    shown = [{"role": "user", "content": "一"}, {"role": "assistant", "content": "太长", "metadata": {"title": webui.NOTICE}}, {"role": "user", "content": "二"},
              {"role": "assistant", "content": "2"}, {"role": "user", "content": "三"}]
-    assert [message["content"] for message in web.conversation(shown, "系统")] == ["系统", "二", "2", "三"]
-    assert [message["content"] for message in json.loads(web.record(shown, ""))["messages"]] == ["二", "2"]
-    assert web.record(shown[:2], "系统") == ""
+    assert [message["content"] for message in webui.conversation(shown, "系统")] == ["系统", "二", "2", "三"]
+    assert [message["content"] for message in json.loads(webui.record(shown, ""))["messages"]] == ["二", "2"]
+    assert webui.record(shown[:2], "系统") == ""
 
 
 # ---- in the browser ----
@@ -244,7 +243,7 @@ def test_retry_answers_again_with_the_adapter_that_is_chosen_now(tabs, site):
     tab = tabs()
     tab.ask("你好")
     tab.answered()
-    for name in ("yayi", web.BASE, "ziya"):
+    for name in ("yayi", webui.BASE, "ziya"):
         tab.choose("模型 Model", name)
         tab.button(RETRY).click()
         tab.button(STOP).or_(tab.button(SEND)).first.wait_for()
@@ -289,13 +288,13 @@ def test_compare_asks_two_and_never_mixes_them(tabs, site):
 
 def test_two_tabs_at_once_keep_apart_and_wait_for_each_other(tabs, site):
     first, second = tabs(), tabs()
-    second.choose("模型 Model", web.BASE)
+    second.choose("模型 Model", webui.BASE)
     site.pause = 0.01
     first.ask("一")
     second.ask("二")
     assert len(first.answered()) == len(second.answered()) == 1
     assert (first.said("user"), second.said("user")) == (["一"], ["二"])
-    assert sorted(site.prompts) == sorted([site.prompt("ziya", "一"), site.prompt(web.BASE, "二")])
+    assert sorted(site.prompts) == sorted([site.prompt("ziya", "一"), site.prompt(webui.BASE, "二")])
     switches = sum(a != b for a, b in zip(site.passes, site.passes[1:]))
     assert switches == 1  # one answer after the other
 
@@ -335,13 +334,44 @@ def test_a_text_that_is_too_long_and_no_memory_are_answered_on_the_page(tabs, si
 
 def test_html_is_shown_and_not_run(tabs, site, monkeypatch):
     attack = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> ![](http://example.invalid/a.png)"
-    monkeypatch.setattr(generate, "stream", lambda *_, **__: iter([attack[:9], attack[9:], "\n```html\n<b>code</b>\n```\n$x^2$ 花了 $5 和 $6"]))
+    monkeypatch.setattr(webui, "stream", lambda *_, **__: iter([attack[:9], attack[9:], "\n```html\n<b>code</b>\n```\n$x^2$ 花了 $5 和 $6"]))
     tab = tabs()
     tab.ask(attack)
     assert "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>" in tab.answered()[0] and "$5 和 $6" in tab.said("bot")[0]
     assert "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>" in tab.said("user")[0]
+    copied = tab.page.evaluate("""() => {
+        const said = document.querySelector(".message.user"), event = new ClipboardEvent("copy", {clipboardData: new DataTransfer(), bubbles: true});
+        getSelection().selectAllChildren(said);
+        said.dispatchEvent(event);
+        return event.clipboardData.getData("text/plain");
+    }""")
+    assert attack.partition(" ![")[0] in copied  # with no character that was put in to show it
     assert tab.page.evaluate("window.hacked") is None and tab.page.locator(".message img").count() == 0
     assert tab.page.locator(".message.bot code").inner_text().strip() == "<b>code</b>" and tab.page.locator(".message.bot .katex").count() == 1
+
+
+FORM = "<form action=http://example.invalid/><input name=p value=secret><button>Login</button></form>"
+
+
+def test_no_fence_puts_a_live_form_on_the_page(tabs, tmp_path):
+    shown = ["``` a`b\n" + FORM, "~~~\na\n```\n~~~\n" + FORM, "````\na\n```\nb\n  `````  \n" + FORM, "    ```\n" + FORM, "`a\nb` " + FORM + " `c`", "a `b | " + FORM + "`"]
+    hidden = ["- ```\n  a\n  ```\n" + FORM, "$$\n```\n$$\n" + FORM, '[a]: /b "\n```\n"\n' + FORM]  # what only Markdown itself sees to be no code
+    turns = [turn for text in shown + hidden for turn in ({"role": "user", "content": "?"}, {"role": "assistant", "content": text})]
+    (tmp_path / "hostile.json").write_text(json.dumps([{"messages": turns}]), "utf-8")
+    tab = tabs()
+    tab.page.locator("input[type=file]").set_input_files(tmp_path / "hostile.json")
+    said = tab.answered(len(shown + hidden))
+    for text, source in zip(said, shown):
+        assert FORM in text, source
+    assert not tab.page.locator(".message form:visible, .message input:visible, .message form button:visible").count()
+    blocked = tab.page.evaluate("""() => new Promise(done => {
+        document.addEventListener("securitypolicyviolation", event => done(event.effectiveDirective));
+        const form = document.body.appendChild(document.createElement("form"));
+        form.action = "http://example.invalid/";
+        form.submit();
+        setTimeout(() => done("nothing"), 3000);
+    })""")
+    assert blocked == "form-action"
 
 
 def test_a_conversation_is_saved_for_training_and_read_back(tabs, site, tmp_path):
@@ -372,7 +402,7 @@ def test_whatever_a_message_holds_the_page_loads_from_nowhere_else(tabs):
 
 def test_a_full_queue_is_said_politely(tabs, site, monkeypatch):
     tab = tabs()
-    monkeypatch.setattr(web, "MAX_WAITING", 0)
+    monkeypatch.setattr(webui, "MAX_WAITING", 0)
     tab.ask("你好")
     tab.page.get_by_text("Too many people are waiting").wait_for()
     assert tab.page.locator("textarea:visible").first.input_value() == "你好" and not site.passes

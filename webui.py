@@ -1,6 +1,11 @@
-"""The chat page of generate.py --web True: Gradio on top of stream(), one model in memory, one answer at a time.
+"""A chat page in the browser: Gradio on top of generate.py's stream(), one model in memory, one answer at a time.
 
-A conversation lives in the browser's tab and comes back with every question, so the server keeps nothing of it.
+Reads   a model folder, and adapters from finetune_lora.py if there are some
+Writes  nothing: a conversation lives in the browser's tab, which can save it as a record for training
+
+    python webui.py --model_name_or_path M
+    python webui.py --model_name_or_path M --lora_path A,B                                # to choose from, and to compare
+    python webui.py --model_name_or_path M --server_name 0.0.0.0 --auth user:password     # for others too
 """
 import contextlib
 import ipaddress
@@ -14,20 +19,23 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Literal
 
-from utils import BadInput, read_records
+from generate import check_flags, fit, load_adapter, load_base, load_chat, stream
+from utils import BadInput, cli, read_records
 
 BASE = "底座 base"
 SLIDERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
 MAX_WAITING = 16  # questions in the queue, besides the one that is being answered
 NOTICE = "⚠️ 提示 Notice"
-CODE = re.compile(r"(^(`{3,}|~{3,}).*?(?:^\2|\Z)|(?<![\\`])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\3(?!`))", re.M | re.S)
+FENCED = re.compile(r"^ {0,3}(?:(`{3,}+)(?=[^`\n]*$).*?(?:^ {0,3}\1`*[ \t]*$|\Z)|(~{3,}+).*?(?:^ {0,3}\2~*[ \t]*$|\Z))", re.M | re.S)  # as CommonMark has it
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
-MATH = re.compile(r"(?<![\\$\w])(\$)(?=[^\s$])([^$\n]*[^\s\\$])(\$)(?![\d$])")
+MATH = re.compile(r"(`+)[^`\n]+\1|(?<![\\$\w])\$(?=[^\s$])[^$\n]*[^\s\\$]\$(?![\d$])")
 POLICY = (b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
-          b"frame-src 'none'; object-src 'none'")
-STYLE = """<style>
+          b"frame-src 'none'; object-src 'none'; form-action 'self'; base-uri 'none'")
+HEAD = """<style>
 footer, .top-panel, .wrap:has(> .error) {display: none !important}
+.message .prose :is(form, input:not([type=checkbox]), select, textarea) {display: none !important}
 .gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important}
 #title h1 {font-size: 1.25rem; margin: 0}
 .message-row, .message, .message .prose {min-width: 0; max-width: 100%; overflow-wrap: anywhere}
@@ -38,7 +46,14 @@ footer, .top-panel, .wrap:has(> .error) {display: none !important}
     .gradio-container .two {height: 40vh !important}
     .tools {gap: 6px !important}
 }
-</style>"""
+</style>
+<script>
+document.addEventListener("copy", event => {  // without the invisible characters of show_text
+    if (event.target.closest?.("textarea, input")) return;
+    event.clipboardData.setData("text/plain", String(getSelection()).replace(/[\u2060\u2061]/g, ""));
+    event.preventDefault();
+});
+</script>"""
 SAVE = """text => {
     if (!text) return;
     const link = document.createElement("a");
@@ -49,19 +64,67 @@ SAVE = """text => {
 }"""
 
 
-class OwnServerOnly:
-    """ASGI middleware: whatever a message holds, the page loads from and talks to its own server alone (Content-Security-Policy)."""
+def main(
+    *,
+    # model
+    model_name_or_path: str,
+    lora_path: str | None = None,
+    template: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    bits: Literal[16, 8, 4] = 16,
+    load_in_8bit: bool = False,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    # what to answer
+    system: str | None = None,
+    # the page
+    server_name: str = "127.0.0.1",
+    server_port: int = 7860,
+    auth: str | None = None,
+    share: bool = False,
+    # how
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float = 1.0,
+    seed: int = 42,
+):
+    """Serve a chat page until Ctrl-C; lora_path takes several folders with commas, to choose from and to compare.
 
-    def __init__(self, app):
-        self.app = app
+    Args:
+        model_name_or_path: Folder or hub name of the base model.
+        lora_path: Folder of an adapter for this base.
+        template: Prompt format: auto (the model's own), alpaca, vicuna_chat, yayi, chatml, ziya, llama2_chinese, llama2 or plain.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Load weights that are pickles, which can run code.
+        bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
+        load_in_8bit: Another name for --bits 8.
+        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        system: System text of the prompt or of the chat.
+        server_name: Address that the page listens on; another than this machine's own needs auth.
+        server_port: Port of the page.
+        auth: Who may use the page, as user:password.
+        share: Open the page to the internet too, through a tunnel of Gradio's; needs auth.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        top_k: Sample among this many likeliest tokens; 0 among all.
+        repetition_penalty: Above 1 makes tokens that were said already less likely.
+        seed: Of everything random.
+    """
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings)
+    check_page(server_name, server_port, auth, share)
 
-    async def __call__(self, scope, receive, send):
-        async def send_with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY)]
-            await send(message)
+    # ---- load ----
+    import torch
 
-        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+    model, choices = load_choices(model_name_or_path, adapters, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
+    torch.manual_seed(seed)
+
+    # ---- answer ----
+    serve_page(model, choices, settings, system, server_name, server_port, auth, share).block_thread()
 
 
 def check_page(server_name: str, server_port: int, auth: str | None, share: bool) -> None:
@@ -85,10 +148,17 @@ def check_page(server_name: str, server_port: int, auth: str | None, share: bool
         raise BadInput(f"--server_name={server_name} --server_port={server_port} cannot be listened on ({problem}): give another --server_port") from None
 
 
-def name_choices(adapters: list[str]) -> dict[str, str | None]:
-    """{name on the page: folder} of what can answer: the adapters by their folders' names, and the base."""
+def load_choices(model_name_or_path, adapters: list[str], template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
+    """(model, {name on the page: (Chat, name of the adapter or None)}): the adapters by their folders' names, and the base itself."""
     names = [Path(folder).resolve().name for folder in adapters]
-    return {name if names.count(name) == 1 else folder: folder for name, folder in zip(names, adapters)} | {BASE: None}
+    folders = {name if names.count(name) == 1 else folder: folder for name, folder in zip(names, adapters)} | {BASE: None}
+    choices = {name: (load_chat(model_name_or_path, folder, template, trust_remote_code), f"adapter{number}" if folder else None)
+               for number, (name, folder) in enumerate(folders.items())}
+    model = load_base(model_name_or_path, max(len(chat.tokenizer) for chat, _ in choices.values()), bits, precision, trust_remote_code, allow_pickle)
+    for name, (_, adapter) in choices.items():
+        if adapter:
+            model = load_adapter(model, folders[name], model_name_or_path, allow_pickle, adapter)
+    return model.eval(), choices
 
 
 # ---- what is said, and what is shown ----
@@ -97,9 +167,12 @@ def show_text(text: str) -> str:
 
     An invisible character breaks what would be markup (U+2060) and marks what is a formula (U+2061); say_text takes it out.
     """
-    pieces = CODE.split(text)[::4], [found[0] for found in CODE.finditer(text)]  # code is shown as it stands anyway, and is there to be copied
-    plain = [MATH.sub("\u2061\\1\\2\\3\u2061", MARKUP.sub("\\g<0>\u2060", piece)) for piece in pieces[0]]
-    return "".join(part for pair in zip(plain, pieces[1] + [""]) for part in pair)
+    shown, end = "", 0
+    for code in [*FENCED.finditer(text), None]:  # a block of code is shown as it stands anyway, and is there to be copied
+        plain = text[end : code.start() if code else None]
+        shown += MATH.sub(lambda found: found[0] if found[1] else f"\u2061{found[0]}\u2061", MARKUP.sub("\\g<0>\u2060", plain)) + (code[0] if code else "")
+        end = code and code.end()
+    return shown
 
 
 def say_text(message: dict) -> str:
@@ -208,15 +281,13 @@ def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str
     """Yield what the page shows while this adapter, or the base, answers the last question."""
     import gradio as gr
 
-    import generate
-
     def answer():  # runs under the lock: one adapter from the first token to the last
         with adapted(model, adapter):
-            yield from generate.stream(model, chat, asked, **settings)
+            yield from stream(model, chat, asked, **settings)
 
     text, messages = "", conversation(shown, system)
     try:
-        asked = generate.fit(model, chat, messages, settings["max_new_tokens"])
+        asked = fit(model, chat, messages, settings["max_new_tokens"])
         if len(asked) < len(messages):
             gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
         for piece in pieces(answer(), lock):
@@ -231,14 +302,28 @@ def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str
 
 
 # ---- the page ----
+class OwnServerOnly:
+    """ASGI middleware: whatever a message holds, the page loads from and talks to its own server alone (Content-Security-Policy)."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+
+
 def serve_page(model, choices: dict, settings: dict, system: str | None = None, server_name: str = "127.0.0.1", server_port: int = 7860,
-               auth: str | None = None, share: bool = False, block: bool = True):
-    """Serve the page until Ctrl-C, or return it once it is up.
+               auth: str | None = None, share: bool = False):
+    """Serve the page from threads of its own, and return it once it is up.
 
     Args:
         choices: {name: (Chat, adapter)} of load_choices.
         settings: What the sliders stand at: max_new_tokens, temperature, top_p, top_k, repetition_penalty.
-        block: False returns at once.
     """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
     import gradio as gr
@@ -365,10 +450,12 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
 
     page.queue(max_size=2 * MAX_WAITING)  # ask() refuses earlier, and in two languages
     page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), head=STYLE, footer_links=[],
+                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), head=HEAD, footer_links=[],
                 app_kwargs={"middleware": [Middleware(OwnServerOnly)]}, run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False,
                 quiet=True, prevent_thread_lock=True)
     print(f"the page is at {page.local_url}" + (f" and {page.share_url}" if page.share_url else ""), file=sys.stderr)
-    if block:
-        page.block_thread()
     return page
+
+
+if __name__ == "__main__":
+    cli(main)
