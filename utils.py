@@ -1,9 +1,8 @@
 """What must not differ between the scripts: prompt text, label mask, windows and packing; data formats; the command line.
 
-It stands in the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask),
-windows, examples and packing; then records, what a row of a file becomes; then the command line and what is checked before
-anything expensive. Nothing here imports torch, transformers or datasets at its head: a mistyped flag is refused before the
-seconds that those take.
+In the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask), windows,
+examples and packing; then records, what a row of a file becomes; then the command line and what is checked before anything
+expensive. Nothing here imports torch, transformers or datasets before the flags are understood: those take seconds.
 """
 import ast
 import bisect
@@ -116,12 +115,11 @@ class Chat:
         if template == "auto" and not tokenizer.chat_template:
             template = "llama2_chinese"
         if template not in ("auto", *TEMPLATES):
-            near = difflib.get_close_matches(template, TEMPLATES, n=1)
-            raise BadInput(f"--template={template} is none of auto, {', '.join(TEMPLATES)}" + (f": did you mean {near[0]}?" if near else ""))
+            near = "".join(f": did you mean {name}?" for name in difflib.get_close_matches(template, TEMPLATES, n=1))
+            raise BadInput(f"--template={template} is none of auto, {', '.join(TEMPLATES)}{near}")
         if not tokenizer.is_fast or not tokenizer.eos_token:
             raise BadInput(f"the tokenizer in {tokenizer.name_or_path} lacks {'an eos_token' if tokenizer.is_fast else 'a fast version (tokenizer.json)'}")
-        self.tokenizer, self.name, self.template, self.last_round_only = tokenizer, tokenizer.name_or_path, template, last_round_only
-        self.new_tokens = []
+        self.tokenizer, self.name, self.template, self.last_round_only, self.new_tokens = tokenizer, tokenizer.name_or_path, template, last_round_only, []
         if template != "auto":
             special_tokens = list(dict.fromkeys(re.findall(r"<\|\w+\|>", TEMPLATES[template])))
             self.new_tokens = [token for token in special_tokens if token not in tokenizer.get_vocab()]
@@ -611,6 +609,8 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
         raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
     runs = [run.encode("gb18030") for run in re.findall("[\u4e00-\u9fff]{6,60}", text)]  # one may begin inside a character
     gbk = any(UTF8_CHINESE.fullmatch(run, start, start + (len(run) - start) // 3 * 3) for run in runs for start in range(3))
+    if re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"the {role} text holds half a character (a surrogate, such as a cut emoji leaves): {text[:40]!r}")
     if gbk or LATIN_MOJIBAKE.search(text) or "锟斤拷" in text:
         raise BadInput(f"the {role} text is UTF-8 that was read in another encoding (mojibake): {text[:40]!r}")
     notes["byte order mark (dropped)"] += "\ufeff" in text
@@ -660,12 +660,15 @@ def cli(main) -> None:
 def convert_flags(main, texts: dict[str, str]) -> dict:
     """The flags with the types that main asks for; BadInput where one is unknown, missing or of another type.
 
-    A main with **training_arguments takes every field of transformers.TrainingArguments as well.
+    A main with **training_arguments takes every field of transformers.TrainingArguments as well: they are read from the
+    source, since an import takes 5 s.
     """
     parameters = inspect.signature(main).parameters
     kinds = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     if len(kinds) < len(parameters):
-        kinds = training_argument_kinds() | kinds
+        source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
+        fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+        kinds = {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field, ast.AnnAssign)} | kinds
     for name in texts.keys() - kinds.keys():
         near = difflib.get_close_matches(name, kinds, n=1)
         raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: " + (f"did you mean --{near[0]}?" if near else "--help lists the flags"))
@@ -693,13 +696,6 @@ def convert_flag(name: str, text: str, kind):
             if word in words:
                 return convert(text)
     raise BadInput(f"--{name}={text} is not " + ("True or False" if "bool" in words else "a whole number" if "int" in words else "a number"))
-
-
-def training_argument_kinds() -> dict[str, str]:
-    """{field: source of its annotation} of transformers.TrainingArguments, read from the file: an import takes 5 s."""
-    source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
-    fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    return {f.target.id: ast.unparse(f.annotation) for f in fields if isinstance(f, ast.AnnAssign)}
 
 
 # ---- checks ----
@@ -817,10 +813,7 @@ def file_hash(path: str) -> str:
 
 
 def fingerprint(model_name_or_path: str) -> str | None:
-    """SHA-256 over names, shapes and the first 4 KiB of every tensor of a safetensors folder; None where there is none.
-
-    Tells one base from another in a second, where hashing 13 GB whole takes a minute.
-    """
+    """SHA-256 over names, shapes and the first 4 KiB of every tensor of a safetensors folder, for a second; None where there is none."""
     digest, files = hashlib.sha256(), sorted(Path(model_name_or_path).glob("model*.safetensors"))
     for file in files:
         with open(file, "rb") as stream:

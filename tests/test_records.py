@@ -90,6 +90,7 @@ def test_what_is_odd_is_mended_and_counted(tmp_path):
     ({"instruction": "你好世界".encode().decode("latin-1"), "output": "答"}, "mojibake"),
     ({"instruction": "你好，世界，今天天气很好".encode().decode("gb18030", "replace"), "output": "答"}, "mojibake"),
     ({"instruction": "把下面这一句话翻译成英文：" + "我们去公园散步，然后回家吃饭".encode().decode("gb18030", "replace"), "output": "答"}, "mojibake"),
+    ('{"instruction": "\\ud83d", "output": "答"}\n', "half a character"),
     (["问", "答"], "a list where an object"),
     ({"messages": [{"role": "user", "content": "问"}, {"role": "system", "content": "x"}, {"role": "assistant", "content": "答"}]}, "does not stand first"),
 ])
