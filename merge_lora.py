@@ -15,17 +15,22 @@ stand. With --weights what they add is multiplied, and what they replace is aver
 Merging takes 300 MB, whatever the model (benchmarks/surgery.py). The check behind it runs base + adapter (by peft) and the
 merged model layer by layer, on a GPU if there is one: half a GB for libraries, one layer or table in fp32, the adapters.
 """
+import contextlib
+import fcntl
+import itertools
 import json
 import math
+import os
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from tensors import (EMBEDDINGS, HEADS, Shards, Tensor, Weights, carry_tokenizer, check_new_folder, files_beside, in_threads, local_folder,
                      open_model, same_floats, torch_dtype, unfinished_folder)
-from utils import BadInput, RunStopped, check_adapter, check_file, cli, fingerprint, show
+from utils import BadInput, RunStopped, check_adapter, check_file, check_model, cli, fingerprint, show
 
 # Fields of adapter_config.json that are honoured below, or matter in training alone. Any other that is set is refused: if it
 # were ignored, the model would be quietly wrong.
@@ -286,6 +291,129 @@ def merge_tensor(base: Weights, shards: Shards, name: str, plan: Plan) -> None:
         if not math.isfinite(data.sum(dtype=torch.float32)):  # one pass, where isfinite() takes several
             raise RunStopped(f"{name} becomes infinite or no number: is the adapter damaged, or did its training diverge?")
         shards.write(name, first * tensor.row * data.itemsize, data.view(torch.uint8).numpy())
+
+
+# ==== tensors ====
+# Weights as they lie in a folder, read and written one by one: a converter takes the memory of a few tensors, whatever the model.
+SHARD = 300e6  # bytes of tensors that are held, and then written as one file
+BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of what a model needs besides its weights
+
+
+def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
+    """A folder as it is given, or that of a name on the hub, fetched if need be."""
+    if os.path.isdir(model_name_or_path):
+        return Path(model_name_or_path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{ending}" for ending in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
+    except (OSError, ValueError) as problem:
+        raise BadInput(f"{model_name_or_path} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+
+
+def open_model(folder: Path, allow_pickle: bool = False) -> "Weights":
+    """The weights of a model folder; BadInput if it is not whole, or quantized."""
+    check_model(str(folder), allow_pickle)
+    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+        raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
+    return Weights(folder, "model", allow_pickle)
+
+
+def files_beside(folder: Path) -> dict[str, Path]:
+    """What a model needs besides its weights, by name: configuration, tokenizer, chat template."""
+    return {file.name: file for file in sorted(folder.iterdir()) if file.suffix in BESIDE and not file.name.endswith((".index.json", "delta.json"))}
+
+
+class Weights:
+    """The tensors in a folder, each read from its file when it is asked for.
+
+    `tensors` has the type and shape of each, as a tensor on torch's meta device, in the order of the files.
+
+    Args:
+        stem: The folder holds stem.safetensors, or shards with an index; or, with allow_pickle, one of the pickles.
+    """
+
+    def __init__(self, folder: Path | str, stem: str = "model", allow_pickle: bool = False, pickles: tuple[str, ...] = ("pytorch_model.bin",)):
+        self.folder, self.tensors, self.paths = Path(folder), {}, {}
+        candidates = [name for file in (f"{stem}.safetensors", *pickles * allow_pickle) for name in (file, f"{file}.index.json")]
+        found = next((name for name in candidates if (self.folder / name).is_file()), None)
+        if found is None:
+            waiting = next((pickle for pickle in pickles if (self.folder / pickle).is_file()), None)
+            why = f" but a pickle, {waiting}, which can run code when it is loaded: if you trust it, add --allow_pickle True" if waiting else ""
+            raise BadInput(f"{folder} holds no {stem}.safetensors{why}")
+        mapped = json.loads((self.folder / found).read_text("utf-8"))["weight_map"] if found.endswith(".json") else {}
+        for file in sorted(set(mapped.values())) or [found]:
+            if not (path := self.folder / file).is_file():
+                raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
+            try:
+                names, get = self._open(path)
+                self.tensors.update({name: get(name).to("meta") for name in names})
+            except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
+                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
+                               f"or only points to the real one (git-lfs). Download it again") from None
+            self.paths.update(dict.fromkeys(names, path))
+        if missing := mapped.keys() - self.tensors.keys():
+            raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
+
+    def read(self, name: str):
+        """A tensor, which may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        return self._open(self.paths[name])[1](name)
+
+    def _open(self, path: Path):
+        """The names in a file, and a function that maps the tensor of one."""
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            opened = safe_open(path, "pt")
+            return opened.offset_keys(), opened.get_tensor
+        import torch
+
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # files of torch before 1.6 are no zip
+        return list(held), held.__getitem__
+
+
+def write_shards(folder: Path, tensors, stem: str = "model") -> None:
+    """Write pairs of name and tensor as they come, in files of about 300 MB with an index, and read back what is in them."""
+    from safetensors.torch import save_file
+
+    parts, part, size, wanted = [], {}, 0, {}
+    for name, tensor in itertools.chain(tensors, [(None, None)]):
+        if part and (name is None or size + tensor.nbytes > SHARD):
+            save_file(part, folder / f"{len(parts)}.part", {"format": "pt"})
+            parts, part, size = [*parts, list(part)], {}, 0
+        if name is not None:
+            part[name], wanted[name], size = tensor.contiguous(), (tensor.dtype, tensor.shape), size + tensor.nbytes
+        del tensor  # or it would live on while the next one is made
+    files = [f"{stem}-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)] if len(parts) > 1 else [f"{stem}.safetensors"]
+    for number, file in enumerate(files):
+        (folder / f"{number}.part").rename(folder / file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum((folder / file).stat().st_size for file in files)}, "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in Weights(folder, stem).tensors.items()} != wanted:
+        raise RunStopped("the weights were written, but read back with other tensors: is the disk failing?")
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder: Path, size: int, flag: str):
+    """A folder, which --flag gave, that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
+    unfinished = folder.parent / f".{folder.name}-unfinished"  # a fixed name: the next run clears away what a killed one left
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock = os.open(unfinished, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"--{flag}={folder} is being written by another run") from None
+    try:
+        for left in unfinished.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if (free := shutil.disk_usage(unfinished).free) < size:
+            raise BadInput(f"--{flag}={folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be written: free some space")
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
 
 
 if __name__ == "__main__":
