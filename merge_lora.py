@@ -135,7 +135,7 @@ def read_adapter(folder: Path, base: Path, allow_pickle: bool) -> dict:
 
 
 def is_table(key: str) -> bool:
-    return key.endswith(EMBEDDINGS + HEADS)
+    return key.replace(".base_layer", "").endswith(EMBEDDINGS + HEADS)
 
 
 def carry_tokenizer(folders: list[Path], beside: dict[str, Path]) -> int:

@@ -115,8 +115,8 @@ def test_base_and_delta_give_the_target_back_bit_for_bit(dtype, model_folder, tm
     apply_delta.main(base=str(base), target=str(target), delta=str(tmp_path / "delta"), make=True)
     assert same_bits(restore(base, tmp_path / "delta", tmp_path / "again"), other)
     size = lambda folder: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert abs(size(tmp_path / "delta") - size(target)) < 100 and size(tmp_path / "again") == size(target)
-    assert [file.name for file in sorted((tmp_path / "again").iterdir())] == [file.name for file in sorted(target.iterdir())]
+    assert abs(size(tmp_path / "delta") - size(target)) < 100 and abs(size(tmp_path / "again") - size(target)) < 100
+    assert set(names_in(tmp_path / "again")) == {name for name in names_in(target) if "model" not in name} | {"model.safetensors"}
     assert same_bits({name: p.data for name, p in AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=DTYPES[dtype]).named_parameters()}, other)
 
 
@@ -145,14 +145,15 @@ def test_a_grown_vocabulary_and_new_tensors_stand_whole_in_the_delta(pair, tmp_p
     assert same_bits(restore(base, tmp_path / "delta", tmp_path / "again"), weights)
 
 
-def flip(folder: Path, name: str, stem: str = "model") -> None:
+def flip(folder: Path, name: str) -> None:
     """Change one bit of a tensor where it lies: of its last number, so that a look at the beginning would not show it."""
-    tensor = Weights(folder, stem).tensors[name]
-    with open(folder / tensor.file, "r+b") as file:
-        file.seek(tensor.start + tensor.size - 2)
-        bit = bytes([file.read(1)[0] ^ 1])
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bit)
+    file = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
+    with open(file, "r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        stream.seek(8 + length + json.loads(stream.read(length))[name]["data_offsets"][1] - 2)
+        bit = bytes([stream.read(1)[0] ^ 1])
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bit)
 
 
 def test_rotary_buffers_that_some_conversions_hold_do_not_make_another_base(pair, tmp_path):
@@ -164,8 +165,8 @@ def test_rotary_buffers_that_some_conversions_hold_do_not_make_another_base(pair
 
 
 def test_a_wrong_base_is_refused_by_its_first_tensor_before_anything_is_written(pair, delta, tmp_path, monkeypatch):
-    monkeypatch.setattr(Shards, "__init__", lambda *_: pytest.fail("something was written"))
-    order = list(Weights(pair[0]).tensors)
+    monkeypatch.setattr(apply_delta, "write_shards", lambda *_: pytest.fail("something was written"))
+    order = list(apply_delta.Weights(pair[0]).tensors)
     for name in order[9], order[4], order[0]:
         flip(pair[0], name)
         refused(tmp_path / "again", f"not the base that the delta was made from: {name} differs", lambda: restore(pair[0], delta, tmp_path / "again"))
@@ -178,19 +179,17 @@ def test_a_wrong_base_is_refused_by_its_first_tensor_before_anything_is_written(
 
 
 def test_a_damaged_delta_gives_no_model_and_the_damage_is_named(pair, delta, tmp_path):
-    name = list(Weights(delta, "delta").tensors)[-1]
-    flip(delta, name, "delta")
-    with pytest.raises(BadInput, match=f"is damaged: its {name} is not as it was made"):
-        restore(pair[0], delta, tmp_path / "again")
-    assert not (tmp_path / "again").exists() and (tmp_path / ".again-unfinished").is_dir()  # to go on with
-    flip(delta, name, "delta")  # downloaded again
+    name = list(read(delta))[-1]
+    flip(delta, name)
+    refused(tmp_path / "again", f"is damaged: its {name} is not as it was made", lambda: restore(pair[0], delta, tmp_path / "again"))
+    flip(delta, name)  # downloaded again
     assert same_bits(restore(pair[0], delta, tmp_path / "again"), read(pair[1]))
     file = sorted(delta.glob("*.safetensors"))[-1]
     whole = file.read_bytes()
-    for change, match in ((lambda: file.write_bytes(whole[:-100]), "bytes, by its header it should have"), (lambda: file.write_bytes(whole[:50]), "header cannot be read"),
-                          (lambda: file.write_bytes(b"\xff" * 100), "header cannot be read"), (lambda: (delta / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or was changed"),
+    for change, match in ((lambda: file.write_bytes(whole[:-100]), "could not be read.*cut off"), (lambda: file.write_bytes(whole[:50]), "could not be read.*only points to the real one"),
+                          (lambda: file.write_bytes(b"\xff" * 100), "could not be read.*only points to the real one"), (lambda: (delta / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or was changed"),
                           (lambda: (delta / "tokenizer.json").unlink(), "tokenizer.json is missing"), (lambda: (delta / "delta.json").write_text("{}"), "not as apply_delta.py writes it"),
-                          (file.unlink, f"lacks {file.name}")):
+                          (file.unlink, "holds no delta.safetensors")):
         copy = shutil.copytree(delta, tmp_path / "copy")
         change()
         refused(tmp_path / "new", match, lambda: restore(pair[0], delta, tmp_path / "new"))
@@ -210,44 +209,23 @@ def test_a_base_that_is_cut_off_is_refused(pair, delta, tmp_path):
     file = sorted(pair[0].glob("*.safetensors"))[1]
     data = file.read_bytes()
     file.write_bytes(data[:-7])
-    refused(tmp_path / "again", f"{file.name} has .* bytes, by its header", lambda: restore(pair[0], delta, tmp_path / "again"))
+    refused(tmp_path / "again", f"{file.name} could not be read.*cut off", lambda: restore(pair[0], delta, tmp_path / "again"))
     file.unlink()
     refused(tmp_path / "again", f"lacks {file.name}", lambda: restore(pair[0], delta, tmp_path / "again"))
 
 
-def test_a_run_that_is_killed_shows_nothing_and_the_next_goes_on(pair, delta, tmp_path, monkeypatch):
-    script = f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
-import apply_delta, tensors
-write, count = tensors.Shards.write, []
-def kill(self, name, start, data):
-    count.append(name)
-    if len(set(count)) > 12: write(self, name, start, bytes(data)[: len(data) // 2]), os.kill(os.getpid(), signal.SIGKILL)
-    write(self, name, start, data)
-tensors.Shards.write = kill
-apply_delta.main(base={str(pair[0])!r}, target={str(tmp_path / 'again')!r}, delta={str(delta)!r})"""
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "again").exists() and (tmp_path / ".again-unfinished").is_dir()
-    (tmp_path / ".again-unfinished" / "model-00009-of-00009.safetensors").write_bytes(b"of another try")
-    written, write = set(), Shards.write
-    monkeypatch.setattr(Shards, "write", lambda self, name, *rest: (written.add(name), write(self, name, *rest)))
+def test_a_run_that_is_killed_shows_nothing_and_the_same_command_starts_over(pair, delta, tmp_path):
+    killed("apply_delta", 2, base=str(pair[0]), target=str(tmp_path / "again"), delta=str(delta))
+    assert not (tmp_path / "again").exists() and len(names_in(tmp_path / ".again-unfinished")) == 2
     assert same_bits(restore(pair[0], delta, tmp_path / "again"), read(pair[1]))
-    assert 0 < len(written) < len(read(pair[1])) - 9 and not (tmp_path / ".again-unfinished").exists()
-    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == sorted(file.name for file in pair[1].iterdir())
+    assert not (tmp_path / ".again-unfinished").exists() and set(names_in(tmp_path / "again")) == {name for name in names_in(pair[1]) if "model" not in name} | {"model.safetensors"}
 
 
 def test_one_run_at_a_time_writes_a_folder(tmp_path):
-    with tensors.unfinished_folder(tmp_path / "out", 0, "target"):
-        with pytest.raises(BadInput, match="being written by another run"), tensors.unfinished_folder(tmp_path / "out", 0, "target"):
+    with apply_delta.unfinished_folder(tmp_path / "out", 0, "target"):
+        with pytest.raises(BadInput, match="being written by another run"), apply_delta.unfinished_folder(tmp_path / "out", 0, "target"):
             pass
     assert (tmp_path / "out").is_dir()
-
-
-def test_deltas_are_made_and_applied_without_torch(pair, tmp_path):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import apply_delta; "
-    for make in (True, False):
-        flags = dict(base=str(pair[0]), target=str(pair[1] if make else tmp_path / "again"), delta=str(tmp_path / "delta"), make=make)
-        subprocess.run([sys.executable, "-c", f"{script}apply_delta.main(**{flags!r}); assert 'torch' not in sys.modules"], check=True, capture_output=True)
-    assert same_bits(read(tmp_path / "again"), read(pair[1]))
 
 
 def test_the_command_line_is_that_of_ziya_and_ends_with_status_2_for_bad_input(pair, delta, tmp_path):
@@ -311,7 +289,7 @@ def test_what_is_no_delta_of_this_base_is_refused_by_name(pair, delta, tmp_path,
     out = tmp_path / "again"
     difference = {name: read(target)[name] - tensor for name, tensor in read(base).items()}
     sums = save(tmp_path / "sums", difference, 1, base)
-    refused(out, "is a delta, no model", lambda: restore(delta, delta, out))
+    refused(out, "is a delta", lambda: restore(delta, delta, out))
     refused(out, "is no delta but a whole model", lambda: restore(base, target, out))
     refused(out, "is no delta but a whole model", lambda: restore(base, base, out))
     refused(out, "is the delta given as the base", lambda: restore(sums, base, out))
@@ -323,7 +301,7 @@ def test_what_is_no_delta_of_this_base_is_refused_by_name(pair, delta, tmp_path,
     weights = read(target)
     refused(out, "lacks 1 tensors of the base, model.norm.weight", make({name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}))
     refused(out, r"model.norm.weight is \[63\], in the base it is \[64\]", make(weights | {"model.norm.weight": weights["model.norm.weight"][:63]}))
-    refused(out, "model.norm.weight is of type F32, in the base of type BF16", make(weights | {"model.norm.weight": weights["model.norm.weight"].float()}))
+    refused(out, "model.norm.weight is of type F32, in the base of BF16", make(weights | {"model.norm.weight": weights["model.norm.weight"].float()}))
     refused(out, r"lm_head.weight is \[", lambda: restore(base, save(tmp_path / "other", difference | {"lm_head.weight": torch.zeros(10, 64)}, 1, base), out))
     refused(out, "has 1 tensors that the base lacks, extra", lambda: restore(base, save(tmp_path / "other", difference | {"extra": torch.zeros(3)}, 1, base), out))
     spoiled = difference | {"model.norm.weight": torch.full((64,), float("nan")).bfloat16()}
