@@ -134,6 +134,7 @@ class Chat:
         anchor = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) | {"id": len(tokenizer) + 1, "content": _ANCHOR, "special": True}
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]] + [anchor]
         self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+        self.anchor_ids = self._text_ids(_ANCHOR)
         last = self.encode(SHORTEST)[1][0][-1]
         self.stops = last in self.control.values()
         self.stop_ids = sorted({last, tokenizer.eos_token_id} & {*self.control.values()})
@@ -147,7 +148,7 @@ class Chat:
             for i, part in enumerate(self.control_pattern.split(text)):
                 if i % 2:
                     ids.append(self.control[part])
-                    before, start = _ANCHOR, self._text_ids(_ANCHOR)
+                    before, start = _ANCHOR, self.anchor_ids
                 elif part:
                     part = part.replace(_SPLIT, "")
                     before, whole = before + part, self._text_ids(before + part)
@@ -979,20 +980,6 @@ def check_ranks(args, facts: dict) -> None:
         torch.distributed.all_gather_object(everyone, facts)
     for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
         raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
-
-
-def prompt_messages(row: dict) -> list[dict]:
-    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
-    messages = clean_messages(row_turns(row, Counter()), False, Counter())
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] == "system":
-        raise BadInput("it asks nothing")
-    return messages
-
-
 
 
 def holds_text(path: str) -> bool:
