@@ -8,25 +8,33 @@ Writes  target, a model folder for generate.py; or with --make the delta, of the
 
 A delta made here holds the difference of the bit patterns, as integers that wrap around, so that nothing is rounded. Its
 delta.json holds the SHA-256 of every tensor of base, delta and target: a wrong base is refused before anything is
-written, and every tensor is checked as it is written. Rows and tensors that the base lacks are taken as zero there, so they stand
+written, and every tensor is checked before it is. Rows and tensors that the base lacks are taken as zero there, so they stand
 whole in the delta. Deltas of floating-point numbers, as published for Ziya and by FastChat, are added as their own
 scripts do it, but hold nothing that could tell a wrong base.
 
-Time is that of reading, hashing and writing; memory is 50 MB, for sums 300 MB, whatever the model (benchmarks/surgery.py).
+Time is that of reading, hashing and writing; memory is 0.4 GB above torch's own, whatever the model (benchmarks/surgery.py).
 """
+import contextlib
+import ctypes
+import fcntl
 import hashlib
+import itertools
 import json
-import math
+import os
 import shutil
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy
+from utils import BadInput, RunStopped, check_model, cli, file_hash, show
 
-from tensors import (CHUNK, EMBEDDINGS, HEADS, ROTARY, Shards, Weights, check_new_folder, files_beside, in_threads, local_folder, open_model,
-                     torch_dtype, unfinished_folder)
-from utils import BadInput, RunStopped, cli, file_hash, show
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")  # how the names of these tables end
+HEADS = ("lm_head.weight", "embed_out.weight")
+ROTARY = "rotary_emb.inv_freq"  # a buffer that old conversions hold and transformers computes: no weight
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+          "U8": "uint8", "BOOL": "bool"}  # what safetensors and delta.json call torch's types
 
 
 def main(
@@ -46,50 +54,47 @@ def main(
         allow_pickle: Load weights that are pickles, which can run code.
         make: Write the delta from base and target, instead of the target from base and delta.
     """
-    show(locals())
+    flags = dict(locals())
     source, result, flag = (target, delta, "delta") if make else (delta, target, "target")
-    check_new_folder(result, flag)
+    if os.path.exists(result) and (not os.path.isdir(result) or os.listdir(result)):
+        raise BadInput(f"--{flag}={result} exists already: give a new folder, or remove it first")
+    if not make and Path(source, "adapter_config.json").is_file():
+        raise BadInput(f"{source} is a LoRA adapter, no delta: merge_lora.py merges it into its base")
+    for folder in [base] if not make and Path(source, "delta.json").is_file() else [base, source]:
+        check_model(folder, allow_pickle)
+    show(flags)
 
     # ---- load ----
     old, given = open_model(local_folder(base, allow_pickle), allow_pickle), local_folder(source, allow_pickle)
-    exact = make or (given / "delta.json").is_file()
-    if make:
-        new, act = open_model(given, allow_pickle), make_tensor
-        check_fit(old, new, "target")
-        written = {name: tensor._replace(dtype=integers(tensor)) for name, tensor in new.tensors.items()}
-    elif exact:
-        new, facts = open_delta(given)
+    exact, hashes = not make and (given / "delta.json").is_file(), {}
+    new, facts = open_delta(given) if exact else (open_model(given, allow_pickle), {})
+    if exact:
         check_base(old, facts["base"])
-        act = partial(restore_tensor, facts)
-        written = {name: tensor._replace(dtype=facts["dtypes"][name]) for name, tensor in new.tensors.items()}
+        work = partial(restore_tensor, old, new, facts)
     else:
-        new, act = open_sums(given, allow_pickle), add_tensor
-        check_fit(old, new, "delta")
-        check_sums(old, new)
-        written = {name: tensor for name, tensor in new.tensors.items() if not name.endswith(ROTARY)}
+        check_fit(old, new, "target" if make else "delta")
+        work = partial(make_tensor, old, new, hashes) if make else partial(add_tensor, old, new)
+    names = [name for name in new.tensors if make or exact or not name.endswith(ROTARY)]
 
     # ---- apply ----
-    beside = [new.folder / name for name in facts["files"]] if exact and not make else files_beside(new.folder)
-    size = sum(tensor.size for tensor in written.values()) + sum(file.stat().st_size for file in beside)
-    with unfinished_folder(Path(result), size, flag, keep=exact and not make) as unfinished:
-        shards = Shards(unfinished, "delta" if make else "model", written)
-        hashes = list(in_threads(lambda name: act(old, new, shards, name), list(written), "making" if make else "applying"))
+    beside = {name: given / name for name in facts["files"]} if exact else files_beside(given)
+    size = sum(new.tensors[name].nbytes for name in names) + sum(file.stat().st_size for file in beside.values())
+    with unfinished_folder(Path(result), size, flag) as unfinished:
+        write_shards(unfinished, in_threads(work, names, "making" if make else "applying"), "delta" if make else "model")
 
         # ---- save ----
-        Weights(unfinished, "delta" if make else "model")  # every file has the length that its header says
-        for file in beside:
-            shutil.copyfile(file, unfinished / file.name)
+        for name, file in beside.items():
+            shutil.copyfile(file, unfinished / name)
         if make:
-            facts = {"format": 1, "files": {file.name: file_hash(unfinished / file.name) for file in beside}, "base": dict(hash_all(old)),
-                     "delta": {name: of_delta for name, (of_delta, _) in zip(written, hashes)},
-                     "target": {name: of_target for name, (_, of_target) in zip(written, hashes)},
-                     "dtypes": {name: tensor.dtype for name, tensor in new.tensors.items()}}
+            facts = {"format": 1, "files": {name: file_hash(unfinished / name) for name in beside}, "base": dict(hash_all(old)),
+                     "delta": {name: hashes[name][0] for name in names}, "target": {name: hashes[name][1] for name in names},
+                     "dtypes": {name: type_name(new.tensors[name]) for name in names}}
             (unfinished / "delta.json").write_text(json.dumps(facts, indent=1), "utf-8")
-    print(f"{result}: {len(written)} tensors, {size / 1e9:.2f} GB" + ", every SHA-256 as delta.json has it" * (exact and not make))
+    print(f"{result}: {len(names)} tensors, {size / 1e9:.2f} GB" + ", every SHA-256 as delta.json has it" * exact)
 
 
 # ---- what is given ----
-def open_delta(folder: Path) -> tuple[Weights, dict]:
+def open_delta(folder: Path) -> tuple["Weights", dict]:
     """A delta made here and its delta.json; BadInput if it is not whole."""
     try:
         facts = json.loads((folder / "delta.json").read_text("utf-8"))
@@ -109,34 +114,7 @@ def open_delta(folder: Path) -> tuple[Weights, dict]:
     return weights, facts
 
 
-def open_sums(folder: Path, allow_pickle: bool) -> Weights:
-    """A delta of floating-point numbers, which has the shape of a model."""
-    if (folder / "adapter_config.json").is_file():
-        raise BadInput(f"{folder} is a LoRA adapter, no delta: merge_lora.py merges it into its base")
-    weights = open_model(folder, allow_pickle)
-    print(f"warning: {folder} has no delta.json, so it is taken for a sum of floating-point numbers, as published for Ziya and by FastChat. "
-          f"Nothing in it tells the right base from a wrong one: try the result before you rely on it", file=sys.stderr)
-    return weights
-
-
-def check_fit(old: Weights, new: Weights, flag: str) -> None:
-    """BadInput if tensors of `new`, which is --flag, are missing or do not fit those of the base; rows may be added to each."""
-    tied = json.loads((new.folder / "config.json").read_text("utf-8")).get("tie_word_embeddings")
-    missing = [name for name in old.tensors if name not in new.tensors and not name.endswith(ROTARY) and not (tied and name.endswith(HEADS))]
-    extra = [name for name in new.tensors if name not in old.tensors and not name.endswith(ROTARY)]
-    if missing:
-        raise BadInput(f"--{flag}={new.folder} lacks {len(missing)} tensors of the base, {missing[0]} for one")
-    if extra and flag == "delta":
-        raise BadInput(f"--{flag}={new.folder} has {len(extra)} tensors that the base lacks, {extra[0]} for one")
-    for name in [name for name in new.tensors if name in old.tensors and not name.endswith(ROTARY)]:
-        a, b = old.tensors[name], new.tensors[name]
-        if a.shape[1:] != b.shape[1:] or a.shape[:1] > b.shape[:1] or len(a.shape) != len(b.shape):
-            raise BadInput(f"--{flag}={new.folder}: {name} is {list(b.shape)}, in the base it is {list(a.shape)}: it was made from another base")
-        if flag == "target" and integers(a) != integers(b):
-            raise BadInput(f"--{flag}={new.folder}: {name} is of type {b.dtype}, in the base of type {a.dtype}: save both in types of one width first")
-
-
-def check_base(old: Weights, wanted: dict[str, str]) -> None:
+def check_base(old: "Weights", wanted: dict[str, str]) -> None:
     """BadInput, naming the first tensor that differs, if this is not the base that a delta was made from."""
     found = {name for name in old.tensors if not name.endswith(ROTARY)}
     for problem, names in (("lacks", wanted.keys() - found), ("has besides", found - wanted.keys())):
@@ -147,101 +125,240 @@ def check_base(old: Weights, wanted: dict[str, str]) -> None:
             raise BadInput(f"--base={old.folder} is not the base that the delta was made from: {name} differs (SHA-256 {found[:12]}, not {wanted[name][:12]})")
 
 
-def check_sums(old: Weights, new: Weights) -> None:
-    """BadInput if what is given as a sum is a whole model, or is larger than the base, as when the two are swapped."""
-    matrices = [name for name, tensor in new.tensors.items() if len(tensor.shape) == 2 and not name.endswith(EMBEDDINGS + HEADS)]
+def check_fit(old: "Weights", new: "Weights", flag: str) -> None:
+    """BadInput if tensors of `new`, which is --flag, are missing or do not fit those of the base; rows may be added to each."""
+    tied = json.loads((new.folder / "config.json").read_text("utf-8")).get("tie_word_embeddings")
+    missing = [name for name in old.tensors if name not in new.tensors and not name.endswith(ROTARY) and not (tied and name.endswith(HEADS))]
+    extra = [name for name in new.tensors if name not in old.tensors and not name.endswith(ROTARY)]
+    if missing:
+        raise BadInput(f"--{flag}={new.folder} lacks {len(missing)} tensors of the base, {missing[0]} for one")
+    if extra and flag == "delta":
+        raise BadInput(f"--{flag}={new.folder} has {len(extra)} tensors that the base lacks, {extra[0]} for one")
+    shared = [name for name in new.tensors if name in old.tensors and not name.endswith(ROTARY)]
+    for name in shared:
+        a, b = old.tensors[name], new.tensors[name]
+        if a.shape[1:] != b.shape[1:] or a.shape[:1] > b.shape[:1] or a.dim() != b.dim():
+            raise BadInput(f"--{flag}={new.folder}: {name} is {list(b.shape)}, in the base it is {list(a.shape)}: it was made from another base")
+        if flag == "target" and a.itemsize != b.itemsize:
+            raise BadInput(f"--{flag}={new.folder}: {name} is of type {type_name(b)}, in the base of {type_name(a)}: save both in types of one width first")
+    if flag == "target":
+        return
+    print(f"warning: {new.folder} has no delta.json, so it is taken for a sum of floating-point numbers, as published for Ziya and by FastChat. "
+          f"Nothing in it tells the right base from a wrong one: try the result before you rely on it", file=sys.stderr)
+    matrices = [name for name in shared if new.tensors[name].dim() == 2 and not name.endswith(EMBEDDINGS + HEADS)]
     for name in matrices[:: max(1, len(matrices) // 4)]:
-        first, last = next(new.tensors[name].row_chunks())
-        a, b = old.floats(name, first, last).flatten(), new.floats(name, first, last).flatten()
+        a, b = (weights.read(name)[:256].float().flatten() for weights in (old, new))
         if a.dot(b) > a.dot(a) / 2:
             raise BadInput(f"--delta={new.folder} is no delta but a whole model: its {name} is nearly that of the base")
         if b.dot(b) > a.dot(a):
             raise BadInput(f"--delta={new.folder}: its {name} is larger than that of --base={old.folder}: is the delta given as the base?")
 
 
-# ---- tensors ----
-def integers(tensor) -> str:
-    """The integer type, in the words of safetensors, whose numbers are as wide as those of a tensor."""
-    return f"I{8 * tensor.size // max(1, numpy.prod(tensor.shape, dtype=int))}"
+# ---- one tensor ----
+def make_tensor(old: "Weights", new: "Weights", hashes: dict, name: str):
+    """The difference of one tensor; its SHA-256 and that of the target go into `hashes`."""
+    tensor = new.read(name)
+    of_target = digest(tensor)
+    data = shifted(tensor, old, name, -1)
+    hashes[name] = digest(data), of_target
+    return data
 
 
-def shift(data: numpy.ndarray, old: Weights, name: str, start: int, dtype: str, sign: int) -> None:
-    """Add the bit patterns of the base to those in `data`, or take them away; they wrap around. What the base lacks is zero."""
-    if name in old.tensors and not name.endswith(ROTARY):
-        words, by = data.view(dtype.lower().replace("i", "uint")), old.read(name, start, start + len(data))
-        change = numpy.add if sign > 0 else numpy.subtract
-        words = words[: len(by) // words.itemsize]
-        change(words, by.view(words.dtype), out=words)
-
-
-def make_tensor(old: Weights, new: Weights, shards: Shards, name: str) -> tuple[str, str]:
-    """Write the difference of one tensor; its SHA-256 and that of the target."""
-    tensor, of_delta, of_target = new.tensors[name], hashlib.sha256(), hashlib.sha256()
-    for start in range(0, tensor.size, CHUNK):
-        data = new.read(name, start, start + CHUNK)
-        of_target.update(data)
-        shift(data, old, name, start, integers(tensor), -1)
-        of_delta.update(data)
-        shards.write(name, start, data)
-    return of_delta.hexdigest(), of_target.hexdigest()
-
-
-def restore_tensor(facts: dict, old: Weights, new: Weights, shards: Shards, name: str) -> None:
-    """Write one tensor of the target, if a killed run has not done so, and check it."""
-    size, wanted, found = new.tensors[name].size, facts["target"][name], hashlib.sha256()
-    if name in shards.kept and digest(shards, name, size) == wanted:
-        return
-    for start in range(0, size, CHUNK):
-        data = new.read(name, start, start + CHUNK)
-        shift(data, old, name, start, new.tensors[name].dtype, 1)
-        found.update(data)
-        shards.write(name, start, data)
-    if found.hexdigest() != wanted:
-        if digest(new, name, size) != facts["delta"][name]:
-            raise BadInput(f"{new.folder} is damaged: its {name} is not as it was made. Download it again; what is done is kept")
-        raise RunStopped(f"{name} did not come out as it was made: was the base changed meanwhile, or is the disk failing?")
-
-
-def add_tensor(old: Weights, new: Weights, shards: Shards, name: str) -> None:
-    """Write base + delta in the type of the delta, summed in fp32; rows that the base lacks stand whole in the delta."""
+def restore_tensor(old: "Weights", new: "Weights", facts: dict, name: str):
+    """One tensor of the target, checked."""
     import torch
 
-    tensor, rows = new.tensors[name], old.tensors[name].shape[0]
-    whole = name.endswith(EMBEDDINGS + HEADS) and stands_whole(old, new, name)
-    for first, last in tensor.row_chunks():
-        data = new.floats(name, first, last)
-        if first < rows and not whole:
-            data[: rows - first] += old.floats(name, first, min(last, rows))
-        data = data.to(torch_dtype(tensor.dtype))
-        if not math.isfinite(data.sum(dtype=torch.float32)):  # one pass, where isfinite() takes several
-            raise RunStopped(f"{name} becomes infinite or no number: this delta is for another base, or one of the two is damaged")
-        width = tensor.row * data.itemsize
-        shards.write(name, first * width, data.view(torch.uint8).numpy())
+    data = shifted(new.read(name), old, name, 1).view(getattr(torch, DTYPES[facts["dtypes"][name]]))
+    if digest(data) != facts["target"][name]:
+        if digest(new.read(name)) != facts["delta"][name]:
+            raise BadInput(f"{new.folder} is damaged: its {name} is not as it was made. Download it again")
+        raise RunStopped(f"{name} did not come out as it was made: was the base changed meanwhile, or is the disk failing?")
+    return data
 
 
-def stands_whole(old: Weights, new: Weights, name: str) -> bool:
+def shifted(tensor, old: "Weights", name: str, sign: int):
+    """The bit patterns of a tensor, as integers, with those of the base added or taken away; they wrap around. What the base lacks is zero."""
+    import torch
+
+    words = tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    if name in old.tensors and not name.endswith(ROTARY):
+        by = old.read(name).contiguous().view(words.dtype).view(-1)
+        words.view(-1)[: len(by)].add_(by, alpha=sign)
+    return words
+
+
+def add_tensor(old: "Weights", new: "Weights", name: str):
+    """Base + delta in the type of the delta, summed in fp32; rows that the base lacks stand whole in the delta."""
+    import torch
+
+    data, by = new.read(name).contiguous(), old.read(name)
+    if not name.endswith(EMBEDDINGS + HEADS) or not stands_whole(by, data, name):
+        for part, rest in zip(data.view(-1).split(2**20), by.reshape(-1).split(2**20)):  # a piece at a time: fp32 takes twice the memory
+            part[: len(rest)].copy_(part[: len(rest)].float() + rest.float())
+    if not data.sum(dtype=torch.float32).isfinite():  # one pass, where isfinite().all() takes several
+        raise RunStopped(f"{name} becomes infinite or no number: this delta is for another base, or one of the two is damaged")
+    return data
+
+
+def stands_whole(old, new, name: str) -> bool:
     """Whether a table stands whole in the delta, as in Ziya's, or as a difference, as in FastChat's: is it nearer to the base or to zero?"""
-    both = of_base = 0.0
-    chunks = list(old.tensors[name].row_chunks())
-    for first, last in chunks[:: max(1, len(chunks) // 16)]:
-        a, b = old.floats(name, first, last).flatten(), new.floats(name, first, last).flatten()
-        both, of_base = both + float(a.dot(b)), of_base + float(a.dot(a))
-    print(f"{name} stands {'whole in the delta' if both > of_base / 2 else 'in the delta as a difference'}", file=sys.stderr)
-    return both > of_base / 2
+    a, b = (table[: len(old) : max(1, len(old) // 4096)].float().flatten() for table in (old, new))
+    whole = bool(a.dot(b) > a.dot(a) / 2)
+    print(f"{name} stands {'whole in the delta' if whole else 'in the delta as a difference'}", file=sys.stderr)
+    return whole
 
 
-def hash_all(weights: Weights):
+def hash_all(weights: "Weights"):
     """Yield (name, SHA-256) of every tensor of a base, in the order of its files."""
     names = [name for name in weights.tensors if not name.endswith(ROTARY)]
-    return zip(names, in_threads(lambda name: digest(weights, name, weights.tensors[name].size), names, "hashing the base"))
+    return in_threads(lambda name: digest(weights.read(name)), names, "hashing the base")
 
 
-def digest(source: Weights | Shards, name: str, size: int) -> str:
-    """SHA-256 of a tensor as it lies on disk."""
-    found = hashlib.sha256()
-    for start in range(0, size, CHUNK):
-        found.update(source.read(name, start, min(start + CHUNK, size)))
-    return found.hexdigest()
+def digest(tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    import torch
+
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def type_name(tensor) -> str:
+    return {f"torch.{of_torch}": name for name, of_torch in DTYPES.items()}[str(tensor.dtype)]
+
+
+def in_threads(work, names: list[str], about: str):
+    """Yield (name, work(name)) in order; two at a time, which hash side by side, and no more, which would take memory."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(names), desc=about, unit=" tensors", leave=False) as bar:
+        for two in (names[i : i + 2] for i in range(0, len(names), 2)):
+            yield from zip(two, pool.map(work, two))
+            bar.update(len(two))
+
+
+# ==== tensors ====
+# Weights as they lie in a folder, read and written one by one: a converter takes the memory of a few tensors, whatever the model.
+SHARD = 200e6  # bytes of tensors that are held, and then written as one file
+BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of what a model needs besides its weights
+
+
+def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
+    """A folder as it is given, or that of a name on the hub, fetched if need be."""
+    if os.path.isdir(model_name_or_path):
+        return Path(model_name_or_path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{ending}" for ending in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
+    except (OSError, ValueError) as problem:
+        raise BadInput(f"{model_name_or_path} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+
+
+def open_model(folder: Path, allow_pickle: bool = False) -> "Weights":
+    """The weights of a model folder; BadInput if it is not whole, or quantized."""
+    check_model(str(folder), allow_pickle)
+    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+        raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
+    return Weights(folder, "model", allow_pickle)
+
+
+def files_beside(folder: Path) -> dict[str, Path]:
+    """What a model needs besides its weights, by name: configuration, tokenizer, chat template."""
+    return {file.name: file for file in sorted(folder.iterdir()) if file.suffix in BESIDE and not file.name.endswith((".index.json", "delta.json"))}
+
+
+class Weights:
+    """The tensors in a folder, each read from its file when it is asked for.
+
+    `tensors` has the type and shape of each, as a tensor on torch's meta device, in the order of the files.
+
+    Args:
+        stem: The folder holds stem.safetensors, or shards with an index; or, with allow_pickle, one of the pickles.
+    """
+
+    def __init__(self, folder: Path | str, stem: str = "model", allow_pickle: bool = False, pickles: tuple[str, ...] = ("pytorch_model.bin",)):
+        self.folder, self.tensors, self.paths = Path(folder), {}, {}
+        candidates = [name for file in (f"{stem}.safetensors", *pickles * allow_pickle) for name in (file, f"{file}.index.json")]
+        found = next((name for name in candidates if (self.folder / name).is_file()), None)
+        if found is None:
+            waiting = next((pickle for pickle in pickles if (self.folder / pickle).is_file()), None)
+            why = f" but a pickle, {waiting}, which can run code when it is loaded: if you trust it, add --allow_pickle True" if waiting else ""
+            raise BadInput(f"{folder} holds no {stem}.safetensors{why}")
+        mapped = json.loads((self.folder / found).read_text("utf-8"))["weight_map"] if found.endswith(".json") else {}
+        for file in sorted(set(mapped.values())) or [found]:
+            if not (path := self.folder / file).is_file():
+                raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
+            try:
+                names, get = self._open(path)
+                self.tensors.update({name: get(name).to("meta") for name in names})
+            except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
+                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
+                               f"or only points to the real one (git-lfs). Download it again") from None
+            self.paths.update(dict.fromkeys(names, path))
+        if missing := mapped.keys() - self.tensors.keys():
+            raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
+
+    def read(self, name: str):
+        """A tensor, which may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        return self._open(self.paths[name])[1](name)
+
+    def _open(self, path: Path):
+        """The names in a file, and a function that maps the tensor of one."""
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            opened = safe_open(path, "pt")
+            return opened.offset_keys(), opened.get_tensor
+        import torch
+
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # files of torch before 1.6 are no zip
+        return list(held), held.__getitem__
+
+
+def write_shards(folder: Path, tensors, stem: str = "model") -> None:
+    """Write pairs of name and tensor as they come, in files of about 200 MB with an index, and read back what is in them."""
+    from safetensors.torch import save_file
+
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone: what is freed between tensors that are held goes back to the system (M_MMAP_THRESHOLD)
+        ctypes.CDLL(None).mallopt(-3, 2**20)
+    parts, part, size, wanted = [], {}, 0, {}
+    for name, tensor in itertools.chain(tensors, [(None, None)]):
+        if part and (name is None or size + tensor.nbytes > SHARD):
+            save_file(part, folder / f"{len(parts)}.part", {"format": "pt"})
+            parts, part, size = [*parts, list(part)], {}, 0
+        if name is not None:
+            part[name], wanted[name], size = tensor.contiguous(), (tensor.dtype, tensor.shape), size + tensor.nbytes
+        del tensor  # or it would live on while the next one is made
+    files = [f"{stem}-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)] if len(parts) > 1 else [f"{stem}.safetensors"]
+    for number, file in enumerate(files):
+        (folder / f"{number}.part").rename(folder / file)
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, parts) for name in names}
+        index = {"metadata": {"total_size": sum((folder / file).stat().st_size for file in files)}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in Weights(folder, stem).tensors.items()} != wanted:
+        raise RunStopped("the weights were written, but read back with other tensors: is the disk failing?")
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder: Path, size: int, flag: str):
+    """A folder, which --flag gave, that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
+    unfinished = folder.parent / f".{folder.name}-unfinished"  # a fixed name: the next run clears away what a killed one left
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock = os.open(unfinished, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"--{flag}={folder} is being written by another run") from None
+    try:
+        for left in unfinished.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if (free := shutil.disk_usage(unfinished).free) < size:
+            raise BadInput(f"--{flag}={folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be written: free some space")
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
 
 
 if __name__ == "__main__":

@@ -309,12 +309,6 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
     from tqdm import tqdm
     from transformers import EarlyStoppingCallback, GenerationConfig, Trainer
 
-    def over_ranks(*numbers) -> list[float]:
-        total = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(total)
-        return total.tolist()
-
     class SupervisedTrainer(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             self.in_step.append([inputs.pop("records"), inputs.pop("tokens"), inputs.pop("supervised")])
@@ -326,13 +320,14 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
             norm = super()._get_grad_norm(model, grad_norm)
             of_gradient = 0.0 if norm is None or args.fp16 else float(norm)
             (records, tokens, supervised, losses), self.in_step = zip(*self.in_step), []
-            *counts, loss = over_ranks(sum(tokens), sum(supervised), sum(losses) / args.world_size)  # Trainer multiplies by the ranks
+            totals = torch.tensor([sum(tokens), sum(supervised), sum(losses) / args.world_size], dtype=torch.float64)  # Trainer multiplies by the ranks
+            *counts, loss = self.accelerator.reduce(totals.to(args.device), "sum").tolist()
             if not math.isfinite(loss + of_gradient):
                 ill = [held for held, of_batch in zip(records, losses) if not math.isfinite(float(of_batch))] or records  # of this rank
                 raise RunStopped(f"in step {self.state.global_step + 1} the loss is {loss:.4g}, the norm of its gradient {of_gradient:.4g}; the step holds "
                                  f"the records {sorted(set(sum(ill, [])))}: look at them with inspect_labels.py, lower the learning rate, "
                                  f"or, in fp16 with a model that was made in bf16, take --precision fp32. The checkpoints in {args.output_dir} are from before")
-            self.seen += torch.tensor([*counts, loss * counts[1]], dtype=torch.float64)
+            self.seen = [before + now for before, now in zip(self.seen, (*counts, loss * counts[1]))]  # tokens, supervised, sum of their losses
             return norm
 
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -343,7 +338,7 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
                 with torch.no_grad(), self.compute_loss_context_manager():
                     outputs = self.model_wrapped(**self._prepare_inputs(inputs), num_items_in_batch=1)
                 totals = [a + float(b) for a, b in zip(totals, (outputs["loss"], outputs["correct"], inputs["supervised"]))]
-            loss, correct, count = over_ranks(*totals)
+            loss, correct, count = self.accelerator.reduce(torch.tensor(totals, dtype=torch.float64).to(args.device), "sum").tolist()
             metrics = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 100)), "eval_token_accuracy": correct / count}
             metrics |= {"eval_bits_per_character": loss / math.log(2) / characters} if characters else {}
             self.log(metrics)
@@ -365,13 +360,14 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
                 about = {name: facts.get(name) for name in ("base", "base_fingerprint", "template")}
                 (folder / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
 
-    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(blocks) / args.train_batch_size / args.world_size
-    if 0 < args.warmup_steps < 1 and args.warmup_steps * steps / args.gradient_accumulation_steps < 1:
+    an_epoch = len(blocks) // (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+    if 0 < args.warmup_steps < 1 and args.warmup_steps * steps < 1:
         args.warmup_steps = 0  # else the first of a few steps would have the learning rate 0
     callbacks = [EarlyStoppingCallback(early_stopping_patience)] * bool(early_stopping_patience)
     trainer = SupervisedTrainer(model, args, partial(collate, examples=examples, padded=padded), blocks, eval_blocks or None, callbacks=callbacks)
     trainer.model_accepts_loss_kwargs = True  # supervised_forward divides by the supervised tokens of the global batch
-    trainer.in_step, trainer.seconds_evaluating, trainer.seen = [], 0.0, torch.zeros(3).double()  # tokens, supervised tokens, sum of losses of all ranks
+    trainer.steps, trainer.in_step, trainer.seconds_evaluating, trainer.seen = steps, [], 0.0, [0.0] * 3
     return trainer
 
 
@@ -405,6 +401,8 @@ def run_training(trainer, checkpoint: str | None) -> dict:
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     check_disk(output_dir, 0 if checkpoint else trained * (4 + 12 * ((args.save_total_limit or 5) + 1)))  # fp32 weights and two moments of AdamW
+    if checkpoint and json.loads(Path(checkpoint, "trainer_state.json").read_text("utf-8"))["global_step"] >= trainer.steps:
+        args.num_train_epochs, args.max_steps = 0, -1  # it was killed behind its last step: transformers would train one more
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # tqdm.write prints the losses there; the standard output is for the last line
         try:
@@ -419,7 +417,7 @@ def run_training(trainer, checkpoint: str | None) -> dict:
         curves = pandas.DataFrame(trainer.state.log_history).groupby("step").max().filter(["loss", "eval_loss"]).interpolate()
         axes = curves.plot(ax=Figure(figsize=(7, 4)).subplots(), marker=".", grid=True, ylabel="loss per supervised token")
         axes.figure.savefig(output_dir / "loss.png", dpi=120)
-    tokens, supervised, loss = trainer.seen.tolist()
+    tokens, supervised, loss = trainer.seen
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
               "train_loss": loss / max(1, supervised), "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, where gptq.py is another
+sys.path[0] = str(ROOT)  # not this folder
 from benchmarks.report import add
 from utils import BadInput, check_file, cli
 
@@ -80,12 +80,14 @@ def main(
     model = model_name_or_path or subprocess.run([sys.executable, "scripts/default_model.py"], cwd=ROOT, env=environment, capture_output=True,
                                                  text=True, check=True).stdout.strip()
     import torch
+    from transformers import AutoTokenizer
 
-    from models import load_model, load_tokenizer
+    import generate
 
     torch.set_num_threads(threads)
+    load_model = lambda folder: generate.load(folder, precision="fp32")[0]
     with tempfile.TemporaryDirectory() as work:
-        work, tokenizer = Path(work), load_tokenizer(model)
+        work, tokenizer = Path(work), AutoTokenizer.from_pretrained(model)
         kinds = {"Chinese": [file.read_text("utf-8") for file in novels], "English": [english()]}
         rows = {kind: [row for text in those for row in cut(tokenizer, text, 2 * texts // len(those) + 1, max_length)] for kind, those in kinds.items()}
         calibration = [row for those in rows.values() for row in those[0::2][: texts // 2]]
@@ -109,9 +111,9 @@ def main(
                 memory[name].append(peak)
                 print(f"{name}: {took:.1f} s, {peak / 1e9:.2f} GB", file=sys.stderr)
                 if run == 0:
-                    perplexity[name] = {kind: evaluate(load_model(out, torch.float32), those) for kind, those in held_out.items()}
-        original = {kind: evaluate(load_model(model, torch.float32), those) for kind, those in held_out.items()}
-        rounded = {kind: evaluate(round_model(load_model(model, torch.float32), bits, group_size, sym), those) for kind, those in held_out.items()}
+                    perplexity[name] = {kind: evaluate(load_model(out), those) for kind, those in held_out.items()}
+        original = {kind: evaluate(load_model(model), those) for kind, those in held_out.items()}
+        rounded = {kind: evaluate(round_model(load_model(model), bits, group_size, sym), those) for kind, those in held_out.items()}
         print(f"\n| way | seconds, median | spread | peak memory | {' | '.join(f'perplexity, {kind}' for kind in held_out)} |\n|---|---|---|---|---|---|")
         for name, figures in (("original", original), ("plain rounding", rounded), *perplexity.items()):
             took = f"{statistics.median(seconds[name]):.1f} | {min(seconds[name]):.1f} to {max(seconds[name]):.1f} | {max(memory[name]) / 1e9:.2f} GB" \
@@ -127,7 +129,7 @@ def main(
         mine = str(work / "quantize_gptq.py-0")
         subprocess.run([peer, "-c", READER, mine, work / "ids.pt", work / "logits.pt"], cwd=work, env=environment, capture_output=True, check=True)
         weights, logits = torch.load(work / "logits.pt")
-        exact, half = load_model(mine, torch.float32), load_model(mine, torch.float16)
+        exact, half = load_model(mine), load_model(mine).half()
         furthest = max(float((exact.get_submodule(name).weight - matrix).abs().max() / matrix.abs().max()) for name, matrix in weights.items())
         with torch.inference_mode():
             exact, half = exact(ids).logits, half(ids).logits.float()
@@ -172,7 +174,7 @@ def round_model(model, bits: int, group_size: int, sym: bool):
     """The model with the layers that GPTQ quantizes rounded to the nearest code."""
     import torch
 
-    from gptq import round_to_nearest
+    from quantize_gptq import round_to_nearest
 
     with torch.no_grad():
         for name, module in model.named_modules():

@@ -149,7 +149,7 @@ def ours(chat, rows, max_length, lora) -> dict:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    tokens, supervised, _ = trainer.seen.tolist()
+    tokens, supervised, _ = trainer.seen
     return {"supervised_tokens": int(supervised), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": tokens / positions}
 
 

@@ -12,17 +12,15 @@ import torch
 from conftest import ROOT, make_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 import generate
-import gptq
-import quantize_gptq
-from models import load_model
+import quantize_gptq as gptq
 from utils import BadInput, cut_dialogue, read_records
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
 CONVERSATIONS = str(ROOT / "sample" / "conversation.json")
-run = partial(quantize_gptq.main, calibration_path=str(ROOT / "sample" / "corpus.txt"), max_length=64, calibration_size=8, group_size=32)
+run = partial(gptq.main, calibration_path=str(ROOT / "sample" / "corpus.txt"), max_length=64, calibration_size=8, group_size=32)
 
 
 @pytest.fixture
@@ -124,7 +122,7 @@ def test_the_folder_holds_the_format_and_the_model_that_was_evaluated(base, tmp_
     assert not hasattr(model.config, "quantization_config")
     total = count = 0
     for record in read_records(CONVERSATIONS):  # the evaluation's perplexity, from the folder, one dialogue at a time
-        for ids, trained in cut_dialogue(chat, record["messages"], chat.encode(record["messages"]), 512, Counter()):
+        for ids, trained in cut_dialogue(chat, record["messages"], 512, Counter()):
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, :-1]
             losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[torch.tensor(trained[1:])]
@@ -140,20 +138,35 @@ def test_it_answers_after_it_was_quantized_to_8_bits_as_before(base, tokenizer, 
     ids = torch.tensor([tokenizer("羊驼是什么动物？").input_ids])
     with torch.no_grad():
         before = AutoModelForCausalLM.from_pretrained(model)(ids).logits
-        after = load_model(str(tmp_path / "q"), torch.float32)(ids).logits
+        after = generate.load(str(tmp_path / "q"))[0](ids).logits
     assert (before - after).abs().mean() < 0.03 * before.std()
 
 
-def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path):
+def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(base).bfloat16()
     for name, size in (("one", "1GB"), ("many", "100KB")):
         shutil.copytree(base, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         model.save_pretrained(tmp_path / name, max_shard_size=size)
         run(model_name_or_path=str(tmp_path / name), output_dir=str(tmp_path / f"{name}-q"))
-    one, many = (gptq.dequantized_state(str(tmp_path / f"{name}-q"), dict(bits=4, checkpoint_format="gptq"), torch.float32) for name in ("one", "many"))
+        monkeypatch.setattr(gptq, "SHARD", 100_000)
+    one, many = (generate.dequantized_state(str(tmp_path / f"{name}-q"), dict(bits=4, checkpoint_format="gptq"), torch.float32) for name in ("one", "many"))
     assert len(list((tmp_path / "many-q").glob("*.safetensors"))) > 1 and one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert load_file(tmp_path / "one-q" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(*(generate.load(str(tmp_path / f"{name}-q"))[0](ids).logits for name in ("one", "many")))
+
+
+def test_a_pickle_is_quantized_as_a_safetensors_file_is(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.tie_weights()
+    shutil.copytree(base, tmp_path / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="--allow_pickle True"):
+        run(model_name_or_path=str(tmp_path / "pickle"), output_dir=str(tmp_path / "p"))
+    run(model_name_or_path=str(tmp_path / "pickle"), output_dir=str(tmp_path / "p"), allow_pickle=True)
+    run(model_name_or_path=str(base), output_dir=str(tmp_path / "q"))
+    assert (tmp_path / "p" / "model.safetensors").read_bytes() == (tmp_path / "q" / "model.safetensors").read_bytes()
 
 
 def test_a_run_that_is_killed_goes_on_behind_its_last_matrix_bit_for_bit(base, tmp_path, monkeypatch):
@@ -178,20 +191,31 @@ def test_a_run_that_is_killed_goes_on_behind_its_last_matrix_bit_for_bit(base, t
     assert {file.name for file in (tmp_path / "q").iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
 
 
-def test_models_that_take_no_packed_rows_are_quantized_on_padded_ones(tmp_path, tokenizer, monkeypatch, base, capsys):
-    import training
-
+def test_models_that_take_no_packed_rows_are_quantized_on_padded_ones(tmp_path, monkeypatch, base, capsys):
     flags = dict(model_name_or_path=str(base), eval_path=CONVERSATIONS)
     run(**flags, output_dir=str(tmp_path / "packed"))
     packed = report(capsys)["perplexity"]
-    monkeypatch.setattr(training, "choose_attention", lambda *_: None)
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
     run(**flags, output_dir=str(tmp_path / "padded"))
     padded = report(capsys)["perplexity"]
     assert all(abs(packed[name] / padded[name] - 1) < 2e-3 for name in packed)
 
 
+def test_bloom_is_quantized(tokenizer, tmp_path, capsys):  # YaYi-7B
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=2, initializer_range=0.2)).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    run(model_name_or_path=str(tmp_path / "bloom"), output_dir=str(tmp_path / "q"), bits=8)
+    perplexity = report(capsys)["perplexity"]
+    assert abs(perplexity["gptq"] / perplexity["original"] - 1) < 0.05
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before, after = AutoModelForCausalLM.from_pretrained(tmp_path / "bloom")(ids).logits, generate.load(str(tmp_path / "q"))[0](ids).logits
+    assert (before - after).abs().mean() < 0.03 * before.std()
+
+
 def test_calibration_takes_records_through_the_template_and_text_as_it_is(tokenizer, tmp_path):
-    choose = lambda path, template="auto": quantize_gptq.choose_examples(tokenizer, template, str(path), None, 512, 64, 42)
+    choose = lambda path, template="auto": gptq.choose_examples(tokenizer, template, str(path), None, 512, 64, 42)
     text = lambda examples: tokenizer.decode(examples[0]["input_ids"])
     records = choose(CONVERSATIONS, "llama2_chinese")[0]
     assert "Human: " in text(records) and "Assistant: " in text(records)
@@ -239,7 +263,7 @@ def test_the_quantized_folder_is_refused_where_a_16_bit_one_belongs(base, tmp_pa
     with pytest.raises(BadInput, match="is quantized"):
         run(model_name_or_path=str(tmp_path / "q"), output_dir=str(tmp_path / "again"))
     with pytest.raises(BadInput, match="quantized already, to 4 bits"):
-        load_model(str(tmp_path / "q"), torch.float32, bits=8)
+        generate.load(str(tmp_path / "q"), bits=8)
 
 
 def test_a_quantized_folder_that_is_not_whole_is_refused(base, tmp_path):

@@ -189,6 +189,16 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path, model_
     assert not list(out.glob(".saving"))
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"num_train_epochs": 0.8}], ids=str)
+def test_a_run_killed_behind_its_last_step_trains_no_step_more(tune, monkeypatch, length):
+    flags = dict(max_length=128, save_steps=2, save_total_limit=9, lr_scheduler_type="constant", **length)
+    whole = Path(tune(**flags)["output_dir"])
+    finished, steps = weights(whole), sorted(path.name for path in whole.glob("checkpoint-*"))
+    (whole / "adapter_model.safetensors").unlink()  # killed before the result was written
+    again = tune(**flags, resume=True)
+    assert same(weights(whole), finished) and sorted(path.name for path in whole.glob("checkpoint-*")) == steps and again["tokens"] == 0
+
+
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, model_folder):
     process = subprocess.Popen(command(model_folder, tmp_path / "out", "--num_train_epochs", "500", "--logging_steps", "1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
