@@ -980,17 +980,3 @@ def check_ranks(args, facts: dict) -> None:
         torch.distributed.all_gather_object(everyone, facts)
     for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
         raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
-
-
-def holds_text(path: str) -> bool:
-    """Whether a file or folder holds documents, rather than instructions or dialogues."""
-    if os.path.isdir(path) or path.endswith(".txt"):
-        return True
-    row = next(iter(read_rows(path, Counter())), None)
-    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
-        try:
-            turns_of(row, Counter())
-            return turns_of is document_turns
-        except BadInput:
-            pass
-    return False  # neither: reading it says what is wrong
