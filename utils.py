@@ -136,6 +136,7 @@ class Chat:
         anchor = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) | {"id": len(tokenizer) + 1, "content": _ANCHOR, "special": True}
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]] + [anchor]
         self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+        self.anchor_ids = self._text_ids(_ANCHOR)
         pieces = self.encode(SHORTEST)
         if len(pieces) < 2 or not pieces[1][0]:
             raise BadInput(f"the chat template of {self.name} shows no answer: choose one with --template")
@@ -152,7 +153,7 @@ class Chat:
             for i, part in enumerate(self.control_pattern.split(text)):
                 if i % 2:
                     ids.append(self.control[part])
-                    before, start = _ANCHOR, self._text_ids(_ANCHOR)
+                    before, start = _ANCHOR, self.anchor_ids
                 elif part:
                     part = part.replace(_SPLIT, "")
                     before, whole = before + part, self._text_ids(before + part)
@@ -830,7 +831,7 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
     there, and those of the random numbers of every rank, for which it does not wait.
     """
     folders = sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda folder: -int(folder.name.rpartition("-")[2]))
-    begun = read_json(Path(output_dir, "run.json")) if folders else {}
+    begun = read_json(Path(output_dir, "run.json")) if folders and Path(output_dir, "run.json").is_file() else {}
     for name in sorted(begun.keys() & facts.keys() - {"base"}):
         if begun[name] != facts[name]:
             raise BadInput(f"--resume: {output_dir} was begun with {name} = {begun[name]}, now it is {facts[name]}: give the same, or a new --output_dir")
@@ -1047,31 +1048,3 @@ def check_ranks(args, facts: dict) -> None:
         torch.distributed.all_gather_object(everyone, facts)
     for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
         raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
-
-
-def prompt_messages(row: dict) -> list[dict]:
-    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
-    messages = clean_messages(row_turns(row, Counter()), False, Counter())
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] == "system":
-        raise BadInput("it asks nothing")
-    return messages
-
-
-
-
-def holds_text(path: str) -> bool:
-    """Whether a file or folder holds documents, rather than instructions or dialogues."""
-    if os.path.isdir(path) or path.endswith(".txt"):
-        return True
-    row = next(iter(read_rows(path, Counter())), None)
-    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
-        try:
-            turns_of(row, Counter())
-            return turns_of is document_turns
-        except BadInput:
-            pass
-    return False  # neither: reading it says what is wrong
