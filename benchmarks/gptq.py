@@ -129,7 +129,9 @@ def main(
         mine = str(work / "quantize_gptq.py-0")
         subprocess.run([peer, "-c", READER, mine, work / "ids.pt", work / "logits.pt"], cwd=work, env=environment, capture_output=True, check=True)
         weights, logits = torch.load(work / "logits.pt")
-        exact, half = load_model(mine), load_model(mine).half()
+        exact, half = load_model(mine), load_model(mine)
+        for parameter in half.parameters():  # and not what is computed, as rotary frequencies
+            parameter.data = parameter.data.half()
         furthest = max(float((exact.get_submodule(name).weight - matrix).abs().max() / matrix.abs().max()) for name, matrix in weights.items())
         with torch.inference_mode():
             exact, half = exact(ids).logits, half(ids).logits.float()

@@ -157,11 +157,10 @@ def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path, mo
     assert torch.equal(*(generate.load(str(tmp_path / f"{name}-q"))[0](ids).logits for name in ("one", "many")))
 
 
-def test_a_pickle_is_quantized_as_a_safetensors_file_is(base, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.tie_weights()
+def test_a_pickle_is_quantized_as_a_safetensors_file_is(tokenizer, tmp_path):
+    base = make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True, **SIZES)
     shutil.copytree(base, tmp_path / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    torch.save(load_file(base / "model.safetensors"), tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(BadInput, match="--allow_pickle True"):
         run(model_name_or_path=str(tmp_path / "pickle"), output_dir=str(tmp_path / "p"))
     run(model_name_or_path=str(tmp_path / "pickle"), output_dir=str(tmp_path / "p"), allow_pickle=True)
