@@ -669,15 +669,12 @@ def cli(main) -> None:
 def convert_flags(main, texts: dict[str, str]) -> dict:
     """The flags with the types that main asks for; BadInput where one is unknown, missing or of another type.
 
-    A main with **training_arguments takes every field of transformers.TrainingArguments as well: they are read from the
-    source, since an import takes 5 s.
+    A main with **training_arguments takes every field of transformers.TrainingArguments as well.
     """
     parameters = inspect.signature(main).parameters
     kinds = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     if len(kinds) < len(parameters):
-        source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
-        fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-        kinds = {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field, ast.AnnAssign)} | kinds
+        kinds = training_argument_kinds() | kinds
     for name in texts.keys() - kinds.keys():
         near = difflib.get_close_matches(name, kinds, n=1)
         raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: " + (f"did you mean --{near[0]}?" if near else "--help lists the flags"))
@@ -688,6 +685,13 @@ def convert_flags(main, texts: dict[str, str]) -> dict:
     flags = {name: convert_flag(name, text, kinds[name]) for name, text in texts.items()}
     check_numbers(flags)
     return flags
+
+
+def training_argument_kinds() -> dict[str, str]:
+    """{field: source of its annotation} of transformers.TrainingArguments, read from the file: an import takes 5 s."""
+    source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
+    fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    return {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field, ast.AnnAssign)}
 
 
 def convert_flag(name: str, text: str, kind):
