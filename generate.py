@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_rows,
-                   row_turns)
+from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_json,
+                   read_rows, row_turns)
 
 
 def main(
@@ -238,8 +238,19 @@ def prompt_messages(row: dict) -> list[dict]:
 def read_file(input_file: str, output_file: str, start: list[dict], facts: dict) -> tuple[list[tuple], list[bytes]]:
     """([(conversation, its line in output_file up to the answer)], whole lines of output_file).
 
-    BadInput if those lines do not answer these records, or were begun with other facts, which stand in output_file.run.json.
+    BadInput if output_file holds what this program did not write for these records, with these facts (in output_file.run.json).
     """
+    output, about = Path(output_file).resolve(), Path(f"{output_file}.run.json")
+    if not os.access(output.parent, os.W_OK | os.X_OK) or output.exists() and not (output.is_file() and os.access(output, os.R_OK | os.W_OK)):
+        raise BadInput(f"--output_file={output_file} is a folder, or in one that does not exist or cannot be written: give the path of a file")
+    if output.exists() and output.samefile(input_file):
+        raise BadInput(f"--output_file={output_file} is --input_file itself, which would be lost: give another --output_file")
+    written, before = output.read_bytes() if output.exists() else b"", read_json(about) if about.exists() else {}
+    if written and not before or before and before.keys() != facts.keys():
+        raise BadInput(f"{output if written else about} is there already, and not from a run of generate.py that can go on: give another --output_file")
+    if written and (changed := [name for name in facts if before[name] != facts[name]]):
+        raise BadInput(f"{output_file} was begun with {changed[0]} = {before[changed[0]]}, now it is {facts[changed[0]]}: give the same, or another "
+                       f"--output_file")
     asked = []
     for row in read_rows(input_file, Counter()):
         try:
@@ -248,19 +259,22 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
             asked.append((start * (messages[0]["role"] != "system") + messages, f'{line[:-1]}, "answer": '.encode()))
         except (BadInput, UnicodeEncodeError) as problem:
             raise BadInput(f"{input_file}, record {len(asked)}: {problem}") from None
-    if not Path(output_file).absolute().parent.is_dir() or Path(output_file).is_dir():
-        raise BadInput(f"--output_file={output_file} is a folder, or in one that does not exist: give the path of a file")
-    lines = Path(output_file).read_bytes().split(b"\n")[:-1] if Path(output_file).is_file() else []  # what has no line end was cut off
-    for number, line in enumerate(lines):
-        if number >= len(asked) or not line.startswith(asked[number][1]):
+    *lines, cut = written.split(b"\n")  # what has no line end was cut off
+    for number, line in enumerate([*lines, cut] if cut else lines):
+        begun = asked[number][1] if number < len(asked) else b"\n"
+        if not line.startswith(begun[: len(line)]) or number < len(lines) and not is_answer(line[len(begun):]):
             raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
-    about = Path(f"{output_file}.run.json")
-    before = json.loads(about.read_text("utf-8")) if lines and about.is_file() else facts
-    if changed := [name for name in facts if before.get(name) != facts[name]]:
-        raise BadInput(f"{output_file} was begun with {changed[0]} = {before.get(changed[0])}, now it is {facts[changed[0]]}: give the same, or another "
-                       f"--output_file")
-    about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
+    if before != facts:
+        about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return asked, lines
+
+
+def is_answer(end: bytes) -> bool:
+    """Whether this is what stands behind `"answer": ` in a whole line of output_file: a string, and the end of the object."""
+    try:
+        return end.endswith(b"}") and isinstance(json.loads(end[:-1]), str)
+    except ValueError:
+        return False
 
 
 def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], output_file: str, batch_size: int, seed: int, settings: dict) -> None:

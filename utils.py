@@ -699,6 +699,17 @@ def convert_flag(name: str, text: str, kind):
 
 
 # ---- checks ----
+def read_json(path) -> dict:
+    """The object in a JSON file; BadInput where it is missing, cut off, or holds something else."""
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise BadInput(f"{path} is no whole JSON ({problem.__class__.__name__}): is it cut off, or a pointer of Git LFS?") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds a {type(found).__name__} where an object {{...}} belongs")
+    return found
+
+
 def show(flags: dict) -> None:
     """Print what a run is started with, once for all ranks, behind the checks."""
     if os.environ.get("RANK", "0") == "0":

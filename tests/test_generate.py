@@ -58,7 +58,7 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
 @pytest.mark.parametrize("flags, reason", [
     ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p is above 0"), ({"max_new_tokens": 0}, "above zero"),
     ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "bf16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
-    ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist")], ids=str)
+    ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist"), ({"input_file": "sample/ziya.jsonl", "output_file": "tests"}, "is a folder")], ids=str)
 def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reason):
     monkeypatch.chdir(ROOT)
     with pytest.raises(BadInput, match=reason) as refusal:
@@ -189,12 +189,34 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_fold
     write(tmp_path, {"prompt": "别的"}, name="data.jsonl")
     with pytest.raises(BadInput, match="line 1 does not answer record 0"):
         answer(tmp_path / "whole.jsonl")
-    (tmp_path / "text.txt").write_text("no JSON\n")
-    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
-        answer(tmp_path / "text.txt")
     write(tmp_path, {"prompt": "你好", "answer": "旧"}, name="data.jsonl")
     answer(tmp_path / "again.jsonl")
     answer(tmp_path / "again.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["notes", "one array", "input", "link", "hard link", "copy", "notes beside run.json", "no answers", "its run.json"])
+def test_what_the_program_did_not_write_is_never_overwritten(model_folder, tmp_path, monkeypatch, kind):
+    source, out = Path(write(tmp_path, {"prompt": "你好", "answer": "旧"}, {"prompt": "再见"}, name="in.jsonl")), tmp_path / "out.jsonl"
+    answer = lambda: generate.main(model_name_or_path=str(model_folder), input_file=str(source), output_file=str(out), max_new_tokens=3)
+    if kind in ("notes beside run.json", "no answers"):
+        answer()
+    if kind == "one array":
+        source.write_text('[{"prompt": "你好"}, {"prompt": "再见"}]', "utf-8")
+    if kind in ("one array", "input"):
+        out = source
+    elif kind == "link":
+        out.symlink_to(source)
+    elif kind == "hard link":
+        out.hardlink_to(source)
+    else:
+        Path(f"{out}.run.json" if kind == "its run.json" else out).write_text({
+            "copy": source.read_text("utf-8"), "its run.json": '{"a": 1}',
+            "no answers": '{"prompt": "你好", "answer": null}\n{"prompt": "再见", "answer": ""}\n'}.get(kind, "my notes, one line without its end"), "utf-8")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(BadInput, match="which would be lost|not from a run of generate.py|does not answer record 0"):
+        answer()
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
