@@ -89,15 +89,25 @@ def main(
 
     # ---- load ----
     import torch
+    from transformers import AutoConfig
 
-    model, chat = load_model(model_name_or_path, *adapters or [None], template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
+    adapter = adapters[0] if adapters else None
+    chat = load_chat(model_name_or_path, adapter, template, trust_remote_code)
+    config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    question = fit(config, chat, start + [{"role": "user", "content": prompt}], max_new_tokens) if prompt is not None else None
+    for number, (messages, begun) in enumerate(asked):  # before the weights are read, which may take minutes
+        try:
+            asked[number] = fit(config, chat, messages, max_new_tokens), begun
+        except BadInput as problem:
+            raise BadInput(f"{input_file}, record {number}: {problem}") from None
+    model, _ = load_model(model_name_or_path, adapter, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle, chat)
     torch.manual_seed(seed)
 
     # ---- answer ----
     if input_file:
         answer_file(model, chat, asked, lines, output_file, per_device_eval_batch_size, seed, settings)
     elif prompt is not None:
-        for piece in stream(model, chat, fit(model, chat, start + [{"role": "user", "content": prompt}], max_new_tokens), **settings):
+        for piece in stream(model, chat, question, **settings):
             print(piece, end="", flush=True)
         print()
     else:
@@ -125,9 +135,9 @@ def prompt_ids(chat: Chat, messages: list[dict]) -> list[int]:
     return [i for ids, _ in chat.encode(messages, add_generation_prompt=True) for i in ids]
 
 
-def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[dict]:
-    """The conversation, or as many of its last rounds as leave room for the answer; says so when it drops some."""
-    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+def fit(config, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[dict]:
+    """The conversation, or as many of its last rounds as leave room for the answer in the context of a model with this config; says so when it drops some."""
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
     system, rounds = messages[: messages[0]["role"] == "system"], messages[messages[0]["role"] == "system":]
     starts = [i for i, message in enumerate(rounds) if message["role"] == "user"]
     if not starts:
@@ -285,14 +295,13 @@ def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], outpu
     import torch
     from tqdm import tqdm
 
-    conversations = [fit(model, chat, messages, settings["max_new_tokens"]) for messages, _ in asked]
     begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
     with open(output_file, "rb+" if lines else "wb") as file:
         file.truncate(sum(len(line) + 1 for line in lines[:begin]))
         file.seek(0, os.SEEK_END)
         for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
             torch.manual_seed(seed + first)
-            answers = answer_batch(model, chat, conversations[first : first + batch_size], **settings)
+            answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
             file.writelines(line + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, line), answer in zip(asked[first:], answers))
             file.flush()
 
@@ -325,7 +334,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
             elif command in ("/save", "/help", "/exit", "/quit"):
                 print(chat_in_terminal.__doc__, file=sys.stderr)
             elif text:
-                asked = fit(model, chat, [*system, *messages, {"role": "user", "content": text}], settings["max_new_tokens"])
+                asked = fit(model.config, chat, [*system, *messages, {"role": "user", "content": text}], settings["max_new_tokens"])
                 messages += [asked[-1], {"role": "assistant", "content": ""}]
                 print("Assistant: ", end="", flush=True)
                 for piece in stream(model, chat, asked, **settings):
@@ -339,9 +348,10 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
 
 
 # ---- loading ----
-def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
-    """(model, Chat), ready to generate."""
-    chat = load_chat(model_name_or_path, lora_path, template, trust_remote_code)
+def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False,
+               chat: Chat | None = None):
+    """(model, Chat), ready to generate; with a Chat that is loaded already, `template` is not used."""
+    chat = chat or load_chat(model_name_or_path, lora_path, template, trust_remote_code)
     model = load_base(model_name_or_path, len(chat.tokenizer), bits, precision, trust_remote_code, allow_pickle)
     return (load_adapter(model, lora_path, model_name_or_path, allow_pickle) if lora_path else model).eval(), chat
 
@@ -518,8 +528,6 @@ def dequantized_state(folder: str, settings: dict, dtype) -> dict:
     for layer, parts in layers.items():
         raise BadInput(f"{folder} lacks {layer}.{min(set(PARTS) - set(parts))}: finish the download")
     return state
-
-
 
 
 if __name__ == "__main__":

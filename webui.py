@@ -287,7 +287,7 @@ def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str
 
     text, messages = "", conversation(shown, system)
     try:
-        asked = fit(model, chat, messages, settings["max_new_tokens"])
+        asked = fit(model.config, chat, messages, settings["max_new_tokens"])
         if len(asked) < len(messages):
             gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
         for piece in pieces(answer(), lock):

@@ -161,11 +161,11 @@ def test_history_is_dropped_by_whole_rounds_and_said(talker, capsys, monkeypatch
     model, chat, _ = talker
     monkeypatch.setattr(model.config, "max_position_embeddings", 150)
     messages = [{"role": "system", "content": "系统"}] + [{"role": role, "content": f"{role}{n}"} for n in range(9) for role in ("user", "assistant")][:-1]
-    kept = generate.fit(model, chat, messages, 20)
+    kept = generate.fit(model.config, chat, messages, 20)
     assert kept[0] == messages[0] and kept[1]["role"] == "user" and kept[1:] == messages[-len(kept) + 1:] and 2 < len(kept) < len(messages)
     assert "no longer read" in capsys.readouterr().err
     with pytest.raises(BadInput, match="more than the model's context"):
-        generate.fit(model, chat, [{"role": "user", "content": "长" * 500}], 20)
+        generate.fit(model.config, chat, [{"role": "user", "content": "长" * 500}], 20)
 
 
 def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_folder, tmp_path, capsys):
@@ -217,6 +217,16 @@ def test_what_the_program_did_not_write_is_never_overwritten(model_folder, tmp_p
     with pytest.raises(BadInput, match="which would be lost|not from a run of generate.py|does not answer record 0"):
         answer()
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_record_longer_than_the_context_is_named_before_the_weights_are_read(model_folder, tmp_path, monkeypatch):
+    source = write(tmp_path, {"prompt": "你好"}, {"prompt": "再见"}, {"prompt": "长" * 3000})
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the weights were read"))
+    for flags, reason in (({"input_file": source, "output_file": str(tmp_path / "out.jsonl")}, "data.jsonl, record 2: the prompt .* context of 2048"),
+                          ({"prompt": "长" * 3000}, "context of 2048")):
+        with pytest.raises(BadInput, match=reason):
+            generate.main(model_name_or_path=str(model_folder), max_new_tokens=3, **flags)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
