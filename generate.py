@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import sys
 import threading
 from collections import Counter
@@ -80,6 +81,8 @@ def main(
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
     check_positive(per_device_eval_batch_size=per_device_eval_batch_size)
+    check_text("--prompt", prompt)
+    check_text("--system", system)
     start = [{"role": "system", "content": system}] if system else []
     facts = settings | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system, seed=seed,
                             per_device_eval_batch_size=per_device_eval_batch_size)
@@ -127,6 +130,12 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     if load_in_8bit and bits == 4:
         raise BadInput("--load_in_8bit True and --bits 4: give one of them")
     return adapters
+
+
+def check_text(what: str, text: str | None) -> None:
+    """BadInput if a text that was typed is not UTF-8: Python makes half a character of such a byte, which no tokenizer takes."""
+    if text and re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"{what} is not UTF-8, or holds half a character: {text[:40]!r}")
 
 
 # ---- one answer ----
@@ -312,6 +321,8 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
     conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends."""
     import readline  # noqa: F401  (lets input() edit Chinese characters)
 
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is found by check_text, and the lines behind it are read
     print(chat_in_terminal.__doc__, file=sys.stderr)
     system, messages = start, []
     while True:
@@ -321,6 +332,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
             return print()
         command, _, argument = text.partition(" ")
         try:
+            check_text("what was typed", text)
             if command == "/clear":
                 messages = []
             elif command == "/undo":
@@ -343,8 +355,10 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
                 print()
         except KeyboardInterrupt:
             print(" [stopped]")
-        except (BadInput, OSError, RuntimeError) as problem:  # a wrong path or too little memory does not lose the conversation
-            print(f"[{problem}]", file=sys.stderr)
+        except Exception as problem:  # whatever it is, the conversation is not lost
+            print("[" + (f"{problem}" if isinstance(problem, BadInput) else f"{type(problem).__name__}: {problem}").split("\n")[0] + "]", file=sys.stderr)
+        if messages and not messages[-1]["content"]:  # a question that got no answer is no round
+            messages = messages[:-2]
 
 
 # ---- loading ----
