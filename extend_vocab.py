@@ -546,7 +546,7 @@ class Weights:
             if not (path := self.folder / file).is_file():
                 raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
             try:
-                names, get = self._open(path)
+                names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
                 raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
@@ -555,21 +555,22 @@ class Weights:
         if missing := mapped.keys() - self.tensors.keys():
             raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
 
-    def read(self, name: str):
-        """A tensor, which may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
-        return self._open(self.paths[name])[1](name)
+    def read(self, name: str, rows: slice | None = None):
+        """A tensor, or some of its rows, that may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        _, get, get_slice = self._open(self.paths[name])
+        return get(name) if rows is None else get_slice(name)[rows]
 
     def _open(self, path: Path):
-        """The names in a file, and a function that maps the tensor of one."""
+        """The names in a file, and functions that map the tensor of one, whole or in part."""
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
             opened = safe_open(path, "pt")
-            return opened.offset_keys(), opened.get_tensor
+            return opened.offset_keys(), opened.get_tensor, opened.get_slice
         import torch
 
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # files of torch before 1.6 are no zip
-        return list(held), held.__getitem__
+        return list(held), held.__getitem__, held.__getitem__
 
 
 def write_shards(folder: Path, tensors, stem: str = "model") -> None:

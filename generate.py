@@ -14,14 +14,15 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import sys
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_rows,
-                   row_turns)
+from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_json,
+                   read_rows, row_turns)
 
 
 def main(
@@ -80,6 +81,8 @@ def main(
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
     check_positive(per_device_eval_batch_size=per_device_eval_batch_size)
+    check_text("--prompt", prompt)
+    check_text("--system", system)
     start = [{"role": "system", "content": system}] if system else []
     facts = settings | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system, seed=seed,
                             per_device_eval_batch_size=per_device_eval_batch_size)
@@ -89,15 +92,25 @@ def main(
 
     # ---- load ----
     import torch
+    from transformers import AutoConfig
 
-    model, chat = load_model(model_name_or_path, *adapters or [None], template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle)
+    adapter = adapters[0] if adapters else None
+    chat = load_chat(model_name_or_path, adapter, template, trust_remote_code)
+    config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    question = fit(config, chat, start + [{"role": "user", "content": prompt}], max_new_tokens) if prompt is not None else None
+    for number, (messages, begun) in enumerate(asked):  # before the weights are read, which may take minutes
+        try:
+            asked[number] = fit(config, chat, messages, max_new_tokens), begun
+        except BadInput as problem:
+            raise BadInput(f"{input_file}, record {number}: {problem}") from None
+    model, _ = load_model(model_name_or_path, adapter, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle, chat)
     torch.manual_seed(seed)
 
     # ---- answer ----
     if input_file:
         answer_file(model, chat, asked, lines, output_file, per_device_eval_batch_size, seed, settings)
     elif prompt is not None:
-        for piece in stream(model, chat, fit(model, chat, start + [{"role": "user", "content": prompt}], max_new_tokens), **settings):
+        for piece in stream(model, chat, question, **settings):
             print(piece, end="", flush=True)
         print()
     else:
@@ -119,15 +132,21 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     return adapters
 
 
+def check_text(what: str, text: str | None) -> None:
+    """BadInput if a text that was typed is not UTF-8: Python makes half a character of such a byte, which no tokenizer takes."""
+    if text and re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"{what} is not UTF-8, or holds half a character: {text[:40]!r}")
+
+
 # ---- one answer ----
 def prompt_ids(chat: Chat, messages: list[dict]) -> list[int]:
     """What the model reads before it answers."""
     return [i for ids, _ in chat.encode(messages, add_generation_prompt=True) for i in ids]
 
 
-def fit(model, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[dict]:
-    """The conversation, or as many of its last rounds as leave room for the answer; says so when it drops some."""
-    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+def fit(config, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[dict]:
+    """The conversation, or as many of its last rounds as leave room for the answer in the context of a model with this config; says so when it drops some."""
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
     system, rounds = messages[: messages[0]["role"] == "system"], messages[messages[0]["role"] == "system":]
     starts = [i for i, message in enumerate(rounds) if message["role"] == "user"]
     if not starts:
@@ -238,8 +257,19 @@ def prompt_messages(row: dict) -> list[dict]:
 def read_file(input_file: str, output_file: str, start: list[dict], facts: dict) -> tuple[list[tuple], list[bytes]]:
     """([(conversation, its line in output_file up to the answer)], whole lines of output_file).
 
-    BadInput if those lines do not answer these records, or were begun with other facts, which stand in output_file.run.json.
+    BadInput if output_file holds what this program did not write for these records, with these facts (in output_file.run.json).
     """
+    output, about = Path(output_file).resolve(), Path(f"{output_file}.run.json")
+    if not os.access(output.parent, os.W_OK | os.X_OK) or output.exists() and not (output.is_file() and os.access(output, os.R_OK | os.W_OK)):
+        raise BadInput(f"--output_file={output_file} is a folder, or in one that does not exist or cannot be written: give the path of a file")
+    if output.exists() and output.samefile(input_file):
+        raise BadInput(f"--output_file={output_file} is --input_file itself, which would be lost: give another --output_file")
+    written, before = output.read_bytes() if output.exists() else b"", read_json(about) if about.exists() else {}
+    if written and not before or before and before.keys() != facts.keys():
+        raise BadInput(f"{output if written else about} is there already, and not from a run of generate.py that can go on: give another --output_file")
+    if written and (changed := [name for name in facts if before[name] != facts[name]]):
+        raise BadInput(f"{output_file} was begun with {changed[0]} = {before[changed[0]]}, now it is {facts[changed[0]]}: give the same, or another "
+                       f"--output_file")
     asked = []
     for row in read_rows(input_file, Counter()):
         try:
@@ -248,19 +278,22 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
             asked.append((start * (messages[0]["role"] != "system") + messages, f'{line[:-1]}, "answer": '.encode()))
         except (BadInput, UnicodeEncodeError) as problem:
             raise BadInput(f"{input_file}, record {len(asked)}: {problem}") from None
-    if not Path(output_file).absolute().parent.is_dir() or Path(output_file).is_dir():
-        raise BadInput(f"--output_file={output_file} is a folder, or in one that does not exist: give the path of a file")
-    lines = Path(output_file).read_bytes().split(b"\n")[:-1] if Path(output_file).is_file() else []  # what has no line end was cut off
-    for number, line in enumerate(lines):
-        if number >= len(asked) or not line.startswith(asked[number][1]):
+    *lines, cut = written.split(b"\n")  # what has no line end was cut off
+    for number, line in enumerate([*lines, cut] if cut else lines):
+        begun = asked[number][1] if number < len(asked) else b"\n"
+        if not line.startswith(begun[: len(line)]) or number < len(lines) and not is_answer(line[len(begun):]):
             raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
-    about = Path(f"{output_file}.run.json")
-    before = json.loads(about.read_text("utf-8")) if lines and about.is_file() else facts
-    if changed := [name for name in facts if before.get(name) != facts[name]]:
-        raise BadInput(f"{output_file} was begun with {changed[0]} = {before.get(changed[0])}, now it is {facts[changed[0]]}: give the same, or another "
-                       f"--output_file")
-    about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
+    if before != facts:
+        about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return asked, lines
+
+
+def is_answer(end: bytes) -> bool:
+    """Whether this is what stands behind `"answer": ` in a whole line of output_file: a string, and the end of the object."""
+    try:
+        return end.endswith(b"}") and isinstance(json.loads(end[:-1]), str)
+    except ValueError:
+        return False
 
 
 def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], output_file: str, batch_size: int, seed: int, settings: dict) -> None:
@@ -271,14 +304,13 @@ def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], outpu
     import torch
     from tqdm import tqdm
 
-    conversations = [fit(model, chat, messages, settings["max_new_tokens"]) for messages, _ in asked]
     begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
     with open(output_file, "rb+" if lines else "wb") as file:
         file.truncate(sum(len(line) + 1 for line in lines[:begin]))
         file.seek(0, os.SEEK_END)
         for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
             torch.manual_seed(seed + first)
-            answers = answer_batch(model, chat, conversations[first : first + batch_size], **settings)
+            answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
             file.writelines(line + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, line), answer in zip(asked[first:], answers))
             file.flush()
 
@@ -289,6 +321,8 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
     conversation as a training record; Ctrl-C stops an answer, Ctrl-D ends."""
     import readline  # noqa: F401  (lets input() edit Chinese characters)
 
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is found by check_text, and the lines behind it are read
     print(chat_in_terminal.__doc__, file=sys.stderr)
     system, messages = start, []
     while True:
@@ -298,6 +332,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
             return print()
         command, _, argument = text.partition(" ")
         try:
+            check_text("what was typed", text)
             if command == "/clear":
                 messages = []
             elif command == "/undo":
@@ -311,7 +346,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
             elif command in ("/save", "/help", "/exit", "/quit"):
                 print(chat_in_terminal.__doc__, file=sys.stderr)
             elif text:
-                asked = fit(model, chat, [*system, *messages, {"role": "user", "content": text}], settings["max_new_tokens"])
+                asked = fit(model.config, chat, [*system, *messages, {"role": "user", "content": text}], settings["max_new_tokens"])
                 messages += [asked[-1], {"role": "assistant", "content": ""}]
                 print("Assistant: ", end="", flush=True)
                 for piece in stream(model, chat, asked, **settings):
@@ -320,14 +355,17 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
                 print()
         except KeyboardInterrupt:
             print(" [stopped]")
-        except (BadInput, OSError, RuntimeError) as problem:  # a wrong path or too little memory does not lose the conversation
-            print(f"[{problem}]", file=sys.stderr)
+        except Exception as problem:  # whatever it is, the conversation is not lost
+            print("[" + (f"{problem}" if isinstance(problem, BadInput) else f"{type(problem).__name__}: {problem}").split("\n")[0] + "]", file=sys.stderr)
+        if messages and not messages[-1]["content"]:  # a question that got no answer is no round
+            messages = messages[:-2]
 
 
 # ---- loading ----
-def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False):
-    """(model, Chat), ready to generate."""
-    chat = load_chat(model_name_or_path, lora_path, template, trust_remote_code)
+def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False,
+               chat: Chat | None = None):
+    """(model, Chat), ready to generate; with a Chat that is loaded already, `template` is not used."""
+    chat = chat or load_chat(model_name_or_path, lora_path, template, trust_remote_code)
     model = load_base(model_name_or_path, len(chat.tokenizer), bits, precision, trust_remote_code, allow_pickle)
     return (load_adapter(model, lora_path, model_name_or_path, allow_pickle) if lora_path else model).eval(), chat
 

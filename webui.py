@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Literal
 
-from generate import check_flags, fit, load_adapter, load_base, load_chat, stream
+from generate import check_flags, check_text, fit, load_adapter, load_base, load_chat, stream
 from utils import BadInput, cli, read_records
 
 BASE = "底座 base"
@@ -115,6 +115,7 @@ def main(
     """
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings)
+    check_text("--system", system)
     check_page(server_name, server_port, auth, share)
 
     # ---- load ----
@@ -287,7 +288,7 @@ def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str
 
     text, messages = "", conversation(shown, system)
     try:
-        asked = fit(model, chat, messages, settings["max_new_tokens"])
+        asked = fit(model.config, chat, messages, settings["max_new_tokens"])
         if len(asked) < len(messages):
             gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
         for piece in pieces(answer(), lock):

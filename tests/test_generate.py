@@ -56,9 +56,9 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
 
 
 @pytest.mark.parametrize("flags, reason", [
-    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p is above 0"), ({"max_new_tokens": 0}, "above zero"),
+    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p is above 0"), ({"max_new_tokens": 0}, "above zero"), ({"prompt": "a\udcff"}, "--prompt is not UTF-8"), ({"system": "\ud83d"}, "--system is not UTF-8"),
     ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "bf16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
-    ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist")], ids=str)
+    ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist"), ({"input_file": "sample/ziya.jsonl", "output_file": "tests"}, "is a folder")], ids=str)
 def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reason):
     monkeypatch.chdir(ROOT)
     with pytest.raises(BadInput, match=reason) as refusal:
@@ -161,11 +161,11 @@ def test_history_is_dropped_by_whole_rounds_and_said(talker, capsys, monkeypatch
     model, chat, _ = talker
     monkeypatch.setattr(model.config, "max_position_embeddings", 150)
     messages = [{"role": "system", "content": "系统"}] + [{"role": role, "content": f"{role}{n}"} for n in range(9) for role in ("user", "assistant")][:-1]
-    kept = generate.fit(model, chat, messages, 20)
+    kept = generate.fit(model.config, chat, messages, 20)
     assert kept[0] == messages[0] and kept[1]["role"] == "user" and kept[1:] == messages[-len(kept) + 1:] and 2 < len(kept) < len(messages)
     assert "no longer read" in capsys.readouterr().err
     with pytest.raises(BadInput, match="more than the model's context"):
-        generate.fit(model, chat, [{"role": "user", "content": "长" * 500}], 20)
+        generate.fit(model.config, chat, [{"role": "user", "content": "长" * 500}], 20)
 
 
 def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_folder, tmp_path, capsys):
@@ -189,12 +189,88 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_fold
     write(tmp_path, {"prompt": "别的"}, name="data.jsonl")
     with pytest.raises(BadInput, match="line 1 does not answer record 0"):
         answer(tmp_path / "whole.jsonl")
-    (tmp_path / "text.txt").write_text("no JSON\n")
-    with pytest.raises(BadInput, match="line 1 does not answer record 0"):
-        answer(tmp_path / "text.txt")
     write(tmp_path, {"prompt": "你好", "answer": "旧"}, name="data.jsonl")
     answer(tmp_path / "again.jsonl")
     answer(tmp_path / "again.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["notes", "one array", "input", "link", "hard link", "copy", "notes beside run.json", "no answers", "its run.json"])
+def test_what_the_program_did_not_write_is_never_overwritten(model_folder, tmp_path, monkeypatch, kind):
+    source, out = Path(write(tmp_path, {"prompt": "你好", "answer": "旧"}, {"prompt": "再见"}, name="in.jsonl")), tmp_path / "out.jsonl"
+    answer = lambda: generate.main(model_name_or_path=str(model_folder), input_file=str(source), output_file=str(out), max_new_tokens=3)
+    if kind in ("notes beside run.json", "no answers"):
+        answer()
+    if kind == "one array":
+        source.write_text('[{"prompt": "你好"}, {"prompt": "再见"}]', "utf-8")
+    if kind in ("one array", "input"):
+        out = source
+    elif kind == "link":
+        out.symlink_to(source)
+    elif kind == "hard link":
+        out.hardlink_to(source)
+    else:
+        Path(f"{out}.run.json" if kind == "its run.json" else out).write_text({
+            "copy": source.read_text("utf-8"), "its run.json": '{"a": 1}',
+            "no answers": '{"prompt": "你好", "answer": null}\n{"prompt": "再见", "answer": ""}\n'}.get(kind, "my notes, one line without its end"), "utf-8")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(BadInput, match="which would be lost|not from a run of generate.py|does not answer record 0"):
+        answer()
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_record_longer_than_the_context_is_named_before_the_weights_are_read(model_folder, tmp_path, monkeypatch):
+    source = write(tmp_path, {"prompt": "你好"}, {"prompt": "再见"}, {"prompt": "长" * 3000})
+    monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the weights were read"))
+    for flags, reason in (({"input_file": source, "output_file": str(tmp_path / "out.jsonl")}, "data.jsonl, record 2: the prompt .* context of 2048"),
+                          ({"prompt": "长" * 3000}, "context of 2048")):
+        with pytest.raises(BadInput, match=reason):
+            generate.main(model_name_or_path=str(model_folder), max_new_tokens=3, **flags)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a\ud83d"}, {"prompt": "好", "id": "\udcff"}, {"prompt": "好", "\ud83d": 1}], ids=["text", "column", "name"])
+def test_half_a_character_anywhere_in_a_record_is_named_before_anything_runs(tmp_path, model_folder, row):
+    source = write(tmp_path, {"prompt": "你好"}, json.dumps(row))
+    with pytest.raises(BadInput, match="data.jsonl, record 1: .*surrogate"):
+        generate.main(model_name_or_path=str(model_folder), input_file=source, output_file=str(tmp_path / "out.jsonl"))
+    assert [file.name for file in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_what_parquet_holds_and_json_does_not_is_written_as_text(tmp_path, model_folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    moments = pyarrow.array([1_700_000_000_000_000_001], pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["你好"], "when": moments, "raw": [b"\xff"]}), tmp_path / "in.parquet")
+    answer = lambda: generate.main(model_name_or_path=str(model_folder), input_file=str(tmp_path / "in.parquet"), output_file=str(tmp_path / "out.jsonl"), max_new_tokens=3)
+    answer()
+    answer()  # and it is known again
+    line = json.loads((tmp_path / "out.jsonl").read_text("utf-8"))
+    assert line["when"].startswith("2023-11-14 22:13:20") and isinstance(line["raw"], str) and isinstance(line["answer"], str)
+
+
+def test_nothing_that_fails_in_the_terminal_loses_the_conversation(talker, model_folder, tmp_path, monkeypatch, capsys):
+    model, chat, adapter = talker
+    real, kept = generate.stream, tmp_path / "kept.jsonl"
+
+    def stream(model, chat, messages, **settings):
+        if messages[-1]["content"] == "坏":
+            raise IndexError("index out of range\nin self")
+        return real(model, chat, messages, **settings)
+
+    monkeypatch.setattr(generate, "stream", stream)
+    typed = iter(["你是谁？", "坏", f"/save {tmp_path / 'no' / 'x.jsonl'}", f"/save {tmp_path}", "\udcc4\udce3", f"/save {kept}"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
+    generate.chat_in_terminal(model, chat, [], SETTINGS)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[") and "saved to" not in line]
+    assert [line.split(":")[0] for line in said] == ["[IndexError", "[FileNotFoundError", "[IsADirectoryError", "[what was typed is not UTF-8, or holds half a character"]
+    assert [message["content"] for message in json.loads(kept.read_text())["messages"]] == ["你是谁？", "我是小驼🐪，你好龘！"]
+    kept.unlink()
+    done = subprocess.run([sys.executable, "generate.py", "--model_name_or_path", str(model_folder), "--max_new_tokens", "3"], cwd=ROOT, capture_output=True,
+                          input=b"\xc4\xe3\xba\xc3\n/system " + "系统\n".encode() + f"/save {kept}\n".encode())
+    assert done.returncode == 0 and b"not UTF-8" in done.stderr and b"Traceback" not in done.stderr, done.stderr.decode()
+    assert json.loads(kept.read_text()) == {"messages": [{"role": "system", "content": "系统"}]}
 
 
 def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path, monkeypatch, capsys):
