@@ -306,9 +306,10 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
     parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), chat.tokenizer.backend_tokenizer.to_str(), repr(how)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]  # datasets adds to it, and takes 64 at most
     folder, name = cache_folder() / "examples" / key, Path(data_path).name
-    while int(os.environ.get("LOCAL_RANK", 0)) and not folder.is_dir():  # the first rank of the machine makes it; torchrun ends us if it cannot
+    while int(os.environ.get("LOCAL_RANK", 0)) and not _undamaged(folder):  # the first rank of the machine makes it; torchrun ends us if it cannot
         time.sleep(0.2)
-    if not folder.is_dir():
+    if not _undamaged(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         with whole_folder(folder) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as scratch:
             counts, worker = Counter(), copy.copy(chat)
             worker.tokenizer = None  # the other processes do without: it takes half a second to send
@@ -329,9 +330,17 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
                 counts = sum((Counter(json.loads(line)) for line in file.read_text("utf-8").splitlines()), counts)
             if not counts["examples"]:
                 raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped")
-            (unfinished / "counts.json").write_text(json.dumps(counts), "utf-8")
+            about = {"counts": counts, "files": {file.name: file_hash(file) for file in unfinished.glob("*.arrow")}}
+            (unfinished / "counts.json").write_text(json.dumps(about), "utf-8")
     examples = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
-    return examples, Counter(json.loads((folder / "counts.json").read_text("utf-8")))
+    return examples, Counter(read_json(folder / "counts.json")["counts"])
+
+
+def _undamaged(folder: Path) -> bool:
+    """Whether a folder of the cache is there, and its files are as they were written: a power loss can leave others."""
+    with contextlib.suppress(BadInput, OSError, KeyError, AttributeError):
+        return all(file_hash(folder / name) == digest for name, digest in read_json(folder / "counts.json")["files"].items())
+    return False
 
 
 def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, scratch: str, batch: dict) -> dict[str, list]:
@@ -910,6 +919,14 @@ def can_pack(config, max_length: int) -> bool:
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "attn_logit_softcapping", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return (window or max_length) >= max_length and not (others and not window)
+
+
+def check_tokenizer(chat: Chat, config) -> None:
+    """BadInput if the tokenizer has more tokens than the model has rows, besides those that the template brings: they would end the run in a step."""
+    tokens = len(chat.tokenizer) - len(chat.new_tokens)
+    if tokens > config.vocab_size:
+        raise BadInput(f"{chat.name}: its tokenizer has {tokens:,} tokens, its model {config.vocab_size:,} rows: they do not belong together, or the "
+                       f"model was not resized (extend_vocab.py does both)")
 
 
 def read_examples(flags: dict, chat: Chat):

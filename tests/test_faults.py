@@ -12,7 +12,7 @@ from test_stages import DATA, QUICK, same, tune, weights  # noqa: F401 (tune is 
 
 import finetune
 import inspect_labels
-from utils import BadInput, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, write_facts
+from utils import BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, tokenize_records, write_facts
 
 
 # ---- what a run goes on from ----
@@ -93,6 +93,22 @@ def test_the_question_of_a_dialogue_in_lists_is_that_of_the_list(tmp_path):
     assert list(read_records(write(tmp_path, {"prompt": ["问题"], "input": "x", "output": ["答"]})))[0]["messages"][0]["content"] == "问题"
 
 
+@pytest.mark.parametrize("damage", ["counts.json empty", "counts.json gone", "arrow cut", "arrow zeros"])
+def test_a_damaged_cache_is_made_anew(tmp_path, bytelevel_folder, monkeypatch, damage):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setenv("YANGTUO_CACHE", str(tmp_path))
+    chat = Chat(AutoTokenizer.from_pretrained(bytelevel_folder), "ziya")
+    before = list(tokenize_records(DATA, chat, 128)[0])
+    name, what = damage.split()
+    file = next((tmp_path / "examples").glob(f"*/*{name}"))
+    data = file.read_bytes()
+    file.unlink()  # the old one stays mapped where it is
+    if what != "gone":
+        file.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "zeros": data[:-600] + bytes(600)}[what])
+    assert list(tokenize_records(DATA, chat, 128)[0]) == before
+
+
 # ---- side files and headers ----
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "5"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer_config.json"])
@@ -118,6 +134,17 @@ def test_a_damaged_header_is_named(tmp_path, model_folder, data):
     (tmp_path / "base" / "model.safetensors").write_bytes(data)
     with pytest.raises(BadInput, match="has no whole header: .* Git LFS"):
         fingerprint(str(tmp_path / "base"))
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused_before_a_step(tune, tmp_path, bytelevel_folder):  # noqa: F811
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
+    make_model(tmp_path / "base", tokenizer)
+    tokenizer.add_tokens(["新词"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(BadInput, match="its tokenizer has 1,001 tokens, its model 1,000 rows"):
+        tune(model_name_or_path=str(tmp_path / "base"))
 
 
 # ---- numbers ----
