@@ -94,6 +94,7 @@ TEMPLATES = {
         answer="' ' ~ message.content ~ ' ' ~ eos_token"),
     "plain": _by_round(head="system or ''", user="message.content", answer="message.content ~ eos_token"),  # the text itself, for a base model
 }
+_OPEN, _CLOSE = "\U000f1002", "\U000f1003"  # put around answers, to find them in what a template makes of them
 SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 _ANCHOR = "\U000f1000"  # private use: a control token that no text spells, to tokenize what follows a control token
 _SPLIT = "\U000f1001"  # put inside a control token that a text spells, so that the text stays text
@@ -206,15 +207,27 @@ class Chat:
         Either way the text before an answer must be the prompt that generation uses. Templates of thinking models drop
         the reasoning of earlier rounds; those cannot be trained on every round of one text.
         """
-        spans = []
-        for i, answer in enumerate(answers):
+        def ends(answer: int) -> tuple[int, int] | None:
+            """Where the prompt of an answer ends, and the answer; None if the text does not begin with the two."""
             prompt, until = self.render(messages[:answer], True)[0], self.render(messages[: answer + 1])[0]
-            if not text.startswith(prompt) or not text.startswith(until):
-                if add_generation_prompt:
-                    return []  # a prompt may rewrite its history: it is not trained
-                raise BadInput(f"the chat template of {self.name} rewrites earlier rounds, so their answers cannot be trained in one text: "
-                               f"add --last_round_only True, or choose a --template")
-            start, stop = (max(marked[i][0], len(prompt)), marked[i][1]) if len(marked) == len(answers) else (len(prompt), len(until))
+            return (len(prompt), len(until)) if text.startswith(prompt) and text.startswith(until) else None
+
+        borders = None
+        if len(answers) > 16:  # two renderings an answer would take the square of a dialogue's length: one with the answers between signs tells as much
+            signed = [m | {"content": f"{_OPEN}{m['content']}{_CLOSE}"} if m["role"] == "assistant" else m for m in messages]
+            parts = re.split(f"[{_OPEN}{_CLOSE}]", self.render(signed, add_generation_prompt)[0])
+            lengths, first, last = [0, *itertools.accumulate(map(len, parts))], ends(answers[0]), ends(answers[-1])
+            if "".join(parts) == text and len(parts) == 2 * len(answers) + 1 and first and last:
+                borders = [(begin - lengths[1] + first[0], end - lengths[2] + first[1]) for begin, end in zip(lengths[1::2], lengths[2::2])]
+                borders = borders if borders[-1] == last else None
+        borders, spans = borders or [ends(answer) for answer in answers], []
+        if None in borders:
+            if add_generation_prompt:
+                return []  # a prompt may rewrite its history: it is not trained
+            raise BadInput(f"the chat template of {self.name} rewrites earlier rounds, so their answers cannot be trained in one text: "
+                           f"add --last_round_only True, or choose a --template")
+        for i, (start, stop) in enumerate(borders):
+            start, stop = (max(marked[i][0], start), marked[i][1]) if len(marked) == len(answers) else (start, stop)
             # Some templates have a line break behind the stop token inside of the block, others leave the token outside
             trained = text[start:stop].rstrip()
             behind = self.control_pattern.match(text, stop)

@@ -1,5 +1,6 @@
 """What an attack broke: each would have cost a user a night, a file, or the truth of a figure."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from test_stages import DATA, QUICK, same, tune, weights  # noqa: F401 (tune is 
 
 import finetune
 import inspect_labels
-from utils import BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, tokenize_records, write_facts
+from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, tokenize_records, write_facts
 
 
 # ---- what a run goes on from ----
@@ -170,6 +171,20 @@ def test_packing_takes_no_memory_for_a_length_that_nothing_has():
 
 
 # ---- a model's own template ----
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_long_dialogue_is_masked_as_short_ones_are_in_linear_time(bytelevel_folder, marks):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
+    tokenizer.chat_template = TEMPLATES["chatml"] if marks else re.sub(r"{% (end)?generation %}", "", TEMPLATES["chatml"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat, rounds = Chat(tokenizer), lambda n: [{"role": role, "content": f" {role} {i} \n"} for i in range(n) for role in ("user", "assistant")]
+    for n in (3, 16, 17, 40):
+        pieces = chat.encode(rounds(n))
+        assert [tokenizer.decode(ids) for ids, trained in pieces if trained] == [f" assistant {i} \n<|im_end|>" for i in range(n)]
+    assert len(chat.encode(rounds(5000))) == 10_001  # took about 20 minutes when each answer was rendered with all before it
+
+
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ 'a' + 1 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"])
 def test_a_template_that_fails_is_one_line(tmp_path, bytelevel_folder, template):
     from transformers import AutoTokenizer
