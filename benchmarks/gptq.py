@@ -85,7 +85,7 @@ def main(
     import generate
 
     torch.set_num_threads(threads)
-    load_model = lambda folder: generate.load(folder, precision="fp32")[0]
+    load_model = lambda folder: generate.load_model(folder, precision="fp32")[0]
     with tempfile.TemporaryDirectory() as work:
         work, tokenizer = Path(work), AutoTokenizer.from_pretrained(model)
         kinds = {"Chinese": [file.read_text("utf-8") for file in novels], "English": [english()]}
