@@ -259,7 +259,7 @@ def test_the_quantized_folder_is_refused_where_a_16_bit_one_belongs(base, tmp_pa
     command = [sys.executable, "finetune_lora.py", "--model_name_or_path", str(tmp_path / "q"), "--data_path", CONVERSATIONS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "is quantized, for generate.py alone" in done.stderr
-    with pytest.raises(BadInput, match="is quantized"):
+    with pytest.raises(BadInput, match="is quantized, for generate.py alone"):
         run(model_name_or_path=str(tmp_path / "q"), output_dir=str(tmp_path / "again"))
     with pytest.raises(BadInput, match="quantized already, to 4 bits"):
         generate.load_model(str(tmp_path / "q"), bits=8)
