@@ -21,9 +21,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_json,
+from utils import (BadInput, Chat, check_adapter, check_file, check_model, clean_messages, cli, fingerprint, read_json,
                    read_rows, row_turns)
 
+RANGES = dict(max_new_tokens=(1, 2**31 - 1), temperature=(0, 100), top_p=(1e-6, 1), top_k=(0, 2**31 - 1), repetition_penalty=(0.01, 100),
+              seed=(0, 2**32 - 1), per_device_eval_batch_size=(1, 2**31 - 1))  # beyond, torch fails, or the answer is nonsense
 
 def main(
     *,
@@ -74,13 +76,12 @@ def main(
         seed: Of everything random.
     """
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings)
+    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings | dict(seed=seed, per_device_eval_batch_size=per_device_eval_batch_size))
     if len(adapters) > 1:
         raise BadInput(f"--lora_path={lora_path}: several adapters are for webui.py; here give one")
     check_file("input_file", input_file)
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
-    check_positive(per_device_eval_batch_size=per_device_eval_batch_size)
     check_text("--prompt", prompt)
     check_text("--system", system)
     start = [{"role": "system", "content": system}] if system else []
@@ -123,10 +124,9 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
     for folder in adapters:
         check_adapter(folder)
-    check_positive(max_new_tokens=settings["max_new_tokens"], repetition_penalty=settings["repetition_penalty"])
-    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise BadInput(f"--temperature={temperature} --top_k={top_k} --top_p={top_p}: the first two are at least 0, top_p is above 0 and at most 1")
+    for name, value in settings.items():
+        if not RANGES[name][0] <= value <= RANGES[name][1]:  # nan is in no range
+            raise BadInput(f"--{name}={value} must be from {RANGES[name][0]} to {RANGES[name][1]}")
     if load_in_8bit and bits == 4:
         raise BadInput("--load_in_8bit True and --bits 4: give one of them")
     return adapters
@@ -163,9 +163,9 @@ def fit(config, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[d
 
 
 def generation_arguments(model, chat: Chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
-    """What model.generate takes; temperature 0 is greedy."""
+    """What model.generate takes; temperature 0 is greedy, as is one so small that logits divided by it overflow."""
     greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else greedy
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature >= 1e-5 else greedy
     rows = model.get_input_embeddings().weight.shape[0]
     if rows > len(chat.tokenizer):  # padding, or tokens that another adapter added
         sampling["suppress_tokens"] = list(range(len(chat.tokenizer), rows))

@@ -56,7 +56,10 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
 
 
 @pytest.mark.parametrize("flags, reason", [
-    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p is above 0"), ({"max_new_tokens": 0}, "above zero"), ({"prompt": "a\udcff"}, "--prompt is not UTF-8"), ({"system": "\ud83d"}, "--system is not UTF-8"),
+    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p=0.0 must be from"), ({"max_new_tokens": 0}, "must be from 1 to"),
+    ({"repetition_penalty": float("nan")}, "penalty=nan must be from"), ({"temperature": float("nan")}, "must be from 0"), ({"temperature": -0.1}, "must be from 0"),
+    ({"seed": 10**23}, "from 0 to 4294967295"), ({"seed": -1}, "from 0 to"), ({"per_device_eval_batch_size": 0}, "must be from 1 to"),
+    ({"prompt": "a\udcff"}, "--prompt is not UTF-8"), ({"system": "\ud83d"}, "--system is not UTF-8"),
     ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "bf16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
     ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist"), ({"input_file": "sample/ziya.jsonl", "output_file": "tests"}, "is a folder")], ids=str)
 def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reason):
@@ -132,6 +135,12 @@ def test_what_is_shown_is_what_was_trained(tokenizer, template):
         assert trained and "".join(pieces) == answer, (answer, ids)
     halves = chat.tokenizer("龘", add_special_tokens=False).input_ids[:-1]
     assert "\ufffd" not in "".join(generate.text_of(chat, halves))
+
+
+def test_a_temperature_that_is_nearly_zero_is_zero(talker):
+    model, chat, _ = talker
+    asked = [[{"role": "user", "content": "随便说"}]]
+    assert all(generate.answer_batch(model, chat, asked, **SETTINGS | {"temperature": small}) == generate.answer_batch(model, chat, asked, **SETTINGS) for small in (1e-320, 1e-6))
 
 
 def test_batched_answers_are_those_of_one_at_a_time(talker):
