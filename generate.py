@@ -26,6 +26,7 @@ from utils import (BadInput, Chat, check_adapter, check_file, check_model, clean
 
 RANGES = dict(max_new_tokens=(1, 2**31 - 1), temperature=(0, 100), top_p=(1e-6, 1), top_k=(0, 2**31 - 1), repetition_penalty=(0.01, 100),
               seed=(0, 2**32 - 1), per_device_eval_batch_size=(1, 2**31 - 1))  # beyond, torch fails, or the answer is nonsense
+ANSWER = re.compile(rb'"(?:[^"\\]|\\.)*+"}')  # how a whole line of output_file ends: with a string of JSON
 
 def main(
     *,
@@ -122,8 +123,11 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     """The folders that lora_path names; BadInput if a flag of the model or of sampling cannot be what it is."""
     check_model(model_name_or_path, allow_pickle, quantized=True)
     adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
+    if Path(model_name_or_path).is_dir():
+        read_json(Path(model_name_or_path, "config.json"))
     for folder in adapters:
         check_adapter(folder)
+        check_whole(Path(folder))
     for name, value in settings.items():
         if not RANGES[name][0] <= value <= RANGES[name][1]:  # nan is in no range
             raise BadInput(f"--{name}={value} must be from {RANGES[name][0]} to {RANGES[name][1]}")
@@ -281,19 +285,11 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
     *lines, cut = written.split(b"\n")  # what has no line end was cut off
     for number, line in enumerate([*lines, cut] if cut else lines):
         begun = asked[number][1] if number < len(asked) else b"\n"
-        if not line.startswith(begun[: len(line)]) or number < len(lines) and not is_answer(line[len(begun):]):
+        if not line.startswith(begun[: len(line)]) or number < len(lines) and not ANSWER.fullmatch(line, len(begun)):
             raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
     if before != facts:
         about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return asked, lines
-
-
-def is_answer(end: bytes) -> bool:
-    """Whether this is what stands behind `"answer": ` in a whole line of output_file: a string, and the end of the object."""
-    try:
-        return end.endswith(b"}") and isinstance(json.loads(end[:-1]), str)
-    except ValueError:
-        return False
 
 
 def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], output_file: str, batch_size: int, seed: int, settings: dict) -> None:
@@ -428,6 +424,21 @@ def load(auto_class, name: str, **arguments):
 
 
 # ==== adapter ====
+def check_whole(folder: Path) -> None:
+    """BadInput if a file of an adapter is cut off or a pointer of Git LFS, which is found without torch, and before the base is read."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in (folder / "adapter_config.json", folder / "yangtuo.json"):
+        if file.is_file():
+            read_json(file)
+    file = folder / "adapter_model.safetensors"
+    try:
+        if file.is_file():
+            safe_open(file, "np")  # compares what its header says with the file's size
+    except (OSError, SafetensorError) as problem:
+        raise BadInput(f"{file} is cut off, damaged or a pointer of Git LFS: copy it again ({problem})") from None
+
+
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
     """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
     import torch
@@ -441,13 +452,15 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
         if not pickles or not allow_pickle:
             but = f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if you trust it, --allow_pickle True converts it" if pickles else ""
             raise BadInput(f"{lora_path} holds no adapter_model.safetensors{but}")
-        weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
-        save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
+        try:
+            weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
+            save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
+        except Exception as problem:  # UnpicklingError, EOFError, KeyError, by what it is
+            raise BadInput(f"{pickles[0]} could not be converted: {str(problem).strip().partition(chr(10))[0][:300]}") from None
         print(f"converted {pickles[0]} to {file}", file=sys.stderr)
-    about = folder / "yangtuo.json"
-    base = json.loads(about.read_text("utf-8")).get("base_fingerprint") if about.is_file() else None
+    base = read_json(folder / "yangtuo.json").get("base_fingerprint") if (folder / "yangtuo.json").is_file() else None
     if base and base != (found := fingerprint(model_name_or_path)):
-        raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {base[:12]}, this one has {str(found)[:12]})")
+        raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {str(base)[:12]}, this one has {str(found)[:12]})")
     try:
         given = set(load_file(file))
         if hasattr(model, "peft_config"):

@@ -13,6 +13,7 @@ from test_records import write
 
 import finetune_lora
 import generate
+import webui
 from utils import TEMPLATES, BadInput, Chat
 
 DATA = str(ROOT / "sample" / "conversation.json")
@@ -95,6 +96,26 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, bytelevel_fold
         generate.load_model(str(model_folder), adapter)
 
 
+@pytest.mark.parametrize("name, content", [("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ("adapter_model.safetensors", None),
+                                           ("adapter_config.json", b"[]"), ("adapter_config.json", b"{"), ("yangtuo.json", b"version"), ("yangtuo.json", b"null")], ids=str)
+def test_an_adapter_with_a_broken_file_is_named_before_torch(adapter, model_folder, monkeypatch, name, content):
+    (adapter / name).write_bytes((adapter / name).read_bytes()[:-9] if content is None else content)
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it would raise ImportError
+    for module in (generate, webui):
+        with pytest.raises(BadInput, match=name) as refusal:
+            module.main(model_name_or_path=str(model_folder), lora_path=str(adapter))
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_config_that_is_no_object_is_named_before_torch(model_folder, tmp_path, monkeypatch, content):
+    shutil.copytree(model_folder, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(content)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BadInput, match="config.json"):
+        generate.main(model_name_or_path=str(tmp_path / "base"))
+
+
 def test_old_pickled_adapters_load_when_allowed_and_are_converted(adapter, model_folder):
     saved = weights(adapter)
     torch.save(saved, adapter / "pytorch_model.bin")
@@ -103,6 +124,10 @@ def test_old_pickled_adapters_load_when_allowed_and_are_converted(adapter, model
         generate.load_model(str(model_folder), str(adapter))
     generate.load_model(str(model_folder), str(adapter), allow_pickle=True)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in weights(adapter).items()) and len(weights(adapter)) == len(saved)
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BadInput, match="could not be converted"):
+        generate.load_model(str(model_folder), str(adapter), allow_pickle=True)
 
 
 # ---- generation ----
