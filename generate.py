@@ -77,7 +77,8 @@ def main(
         seed: Of everything random.
     """
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings | dict(seed=seed, per_device_eval_batch_size=per_device_eval_batch_size))
+    numbers = settings | dict(seed=seed, per_device_eval_batch_size=per_device_eval_batch_size)
+    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, numbers)
     if len(adapters) > 1:
         raise BadInput(f"--lora_path={lora_path}: several adapters are for webui.py; here give one")
     check_file("input_file", input_file)
@@ -86,14 +87,14 @@ def main(
     check_text("--prompt", prompt)
     check_text("--system", system)
     start = [{"role": "system", "content": system}] if system else []
-    facts = settings | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system, seed=seed,
-                            per_device_eval_batch_size=per_device_eval_batch_size)
+    facts = numbers | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system)
     asked, lines = read_file(input_file, output_file, start, facts) if input_file else ([], [])
     if input_file and len(lines) == len(asked):
         return print(f"all {len(asked)} records are answered in {output_file} already", file=sys.stderr)
 
     # ---- load ----
     import torch
+    from tqdm import tqdm
     from transformers import AutoConfig
 
     adapter = adapters[0] if adapters else None
@@ -110,7 +111,16 @@ def main(
 
     # ---- answer ----
     if input_file:
-        answer_file(model, chat, asked, lines, output_file, per_device_eval_batch_size, seed, settings)
+        batch_size = per_device_eval_batch_size
+        begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
+        with open(output_file, "rb+" if lines else "wb") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[:begin]))
+            file.seek(0, os.SEEK_END)
+            for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
+                torch.manual_seed(seed + first)  # each batch has its own, so that a run that goes on gives the answers of an unbroken one
+                answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
+                file.writelines(begun + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, begun), answer in zip(asked[first:], answers))
+                file.flush()
     elif prompt is not None:
         for piece in stream(model, chat, question, **settings):
             print(piece, end="", flush=True)
@@ -272,8 +282,7 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
     if written and not before or before and before.keys() != facts.keys():
         raise BadInput(f"{output if written else about} is there already, and not from a run of generate.py that can go on: give another --output_file")
     if written and (changed := [name for name in facts if before[name] != facts[name]]):
-        raise BadInput(f"{output_file} was begun with {changed[0]} = {before[changed[0]]}, now it is {facts[changed[0]]}: give the same, or another "
-                       f"--output_file")
+        raise BadInput(f"{output_file} was begun with {changed[0]} = {before[changed[0]]}, now it is {facts[changed[0]]}: give the same, or another file")
     asked = []
     for row in read_rows(input_file, Counter()):
         try:
@@ -290,25 +299,6 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
     if before != facts:
         about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return asked, lines
-
-
-def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], output_file: str, batch_size: int, seed: int, settings: dict) -> None:
-    """Answer what was asked into output_file, in order, after the lines that are there already.
-
-    Each batch has a seed of its own, so that a run that goes on gives the answers of an unbroken one.
-    """
-    import torch
-    from tqdm import tqdm
-
-    begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
-    with open(output_file, "rb+" if lines else "wb") as file:
-        file.truncate(sum(len(line) + 1 for line in lines[:begin]))
-        file.seek(0, os.SEEK_END)
-        for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
-            torch.manual_seed(seed + first)
-            answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
-            file.writelines(line + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, line), answer in zip(asked[first:], answers))
-            file.flush()
 
 
 # ---- a person ----
@@ -428,15 +418,14 @@ def check_whole(folder: Path) -> None:
     """BadInput if a file of an adapter is cut off or a pointer of Git LFS, which is found without torch, and before the base is read."""
     from safetensors import SafetensorError, safe_open
 
-    for file in (folder / "adapter_config.json", folder / "yangtuo.json"):
-        if file.is_file():
-            read_json(file)
-    file = folder / "adapter_model.safetensors"
+    for name in {"adapter_config.json", "yangtuo.json"} & set(os.listdir(folder)):
+        read_json(folder / name)
     try:
-        if file.is_file():
-            safe_open(file, "np")  # compares what its header says with the file's size
+        safe_open(folder / "adapter_model.safetensors", "np")  # compares its size with what its header says
+    except FileNotFoundError:  # it may be a pickle: load_adapter's matter
+        pass
     except (OSError, SafetensorError) as problem:
-        raise BadInput(f"{file} is cut off, damaged or a pointer of Git LFS: copy it again ({problem})") from None
+        raise BadInput(f"{folder}: adapter_model.safetensors is cut off, damaged or a pointer of Git LFS, copy it again ({problem})") from None
 
 
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
@@ -452,23 +441,21 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
         if not pickles or not allow_pickle:
             but = f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if you trust it, --allow_pickle True converts it" if pickles else ""
             raise BadInput(f"{lora_path} holds no adapter_model.safetensors{but}")
-        try:
-            weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
-            save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
-        except Exception as problem:  # UnpicklingError, EOFError, KeyError, by what it is
-            raise BadInput(f"{pickles[0]} could not be converted: {str(problem).strip().partition(chr(10))[0][:300]}") from None
-        print(f"converted {pickles[0]} to {file}", file=sys.stderr)
     base = read_json(folder / "yangtuo.json").get("base_fingerprint") if (folder / "yangtuo.json").is_file() else None
     if base and base != (found := fingerprint(model_name_or_path)):
         raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {str(base)[:12]}, this one has {str(found)[:12]})")
     try:
+        if not file.is_file():
+            weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
+            save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
+            print(f"converted {pickles[0]} to {file}", file=sys.stderr)
         given = set(load_file(file))
         if hasattr(model, "peft_config"):
             model.load_adapter(folder, adapter_name=name)
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-    except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors its own
-        raise BadInput(f"{lora_path} does not fit {model_name_or_path}, was it trained on another base? {str(problem).strip().splitlines()[0][:300]}") from None
+    except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors and pickle their own
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}: of another base, or cut off? {str(problem).strip().splitlines()[0][:200]}") from None
     if missing := set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)) - given:
         raise BadInput(f"{lora_path} lacks {len(missing)} tensors, {min(missing)} for one")
     return model
