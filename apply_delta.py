@@ -147,7 +147,7 @@ def check_fit(old: "Weights", new: "Weights", flag: str) -> None:
           f"Nothing in it tells the right base from a wrong one: try the result before you rely on it", file=sys.stderr)
     matrices = [name for name in shared if new.tensors[name].dim() == 2 and not name.endswith(EMBEDDINGS + HEADS)]
     for name in matrices[:: max(1, len(matrices) // 4)]:
-        a, b = (weights.read(name)[:256].float().flatten() for weights in (old, new))
+        a, b = (weights.read(name, slice(256)).float().flatten() for weights in (old, new))
         if a.dot(b) > a.dot(a) / 2:
             raise BadInput(f"--delta={new.folder} is no delta but a whole model: its {name} is nearly that of the base")
         if b.dot(b) > a.dot(a):
@@ -182,30 +182,40 @@ def shifted(tensor, old: "Weights", name: str, sign: int):
 
     words = tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
     if name in old.tensors and not name.endswith(ROTARY):
-        by = old.read(name).contiguous().view(words.dtype).view(-1)
-        words.view(-1)[: len(by)].add_(by, alpha=sign)
+        for part, by in pieces(words, old, name):
+            part.add_(by.view(words.dtype), alpha=sign)
     return words
 
 
 def add_tensor(old: "Weights", new: "Weights", name: str):
     """Base + delta in the type of the delta, summed in fp32; rows that the base lacks stand whole in the delta."""
-    import torch
-
-    data, by = new.read(name).contiguous(), old.read(name)
-    if not name.endswith(EMBEDDINGS + HEADS) or not stands_whole(by, data, name):
-        for part, rest in zip(data.view(-1).split(2**20), by.reshape(-1).split(2**20)):  # a piece at a time: fp32 takes twice the memory
-            part[: len(rest)].copy_(part[: len(rest)].float() + rest.float())
-    if not data.sum(dtype=torch.float32).isfinite():  # one pass, where isfinite().all() takes several
+    data = new.read(name).contiguous()
+    if not name.endswith(EMBEDDINGS + HEADS) or not stands_whole(old, new, name):
+        for part, by in pieces(data, old, name):
+            for some, rest in zip(part.view(-1).split(2**17), by.reshape(-1).split(2**17)):  # so few stay in a core's cache
+                some.copy_(some.float() + rest.float())
+    if not all(end.isfinite() for end in data.aminmax()):  # one pass, where isfinite().all() takes several
         raise RunStopped(f"{name} becomes infinite or no number: this delta is for another base, or one of the two is damaged")
     return data
 
 
-def stands_whole(old, new, name: str) -> bool:
+def pieces(data, old: "Weights", name: str):
+    """Yield rows of `data` and those of the base that belong to them, some MB at a time: a mapping of the whole would take as much memory again."""
+    shape = old.tensors[name].shape
+    step = max(1, 2**22 * shape[0] // old.tensors[name].numel()) if shape else 0
+    for rows in [slice(first, first + step) for first in range(0, shape[0], step)] if step else [None]:
+        by = old.read(name, rows)
+        yield (data if rows is None else data[rows][: len(by)]), by
+
+
+def stands_whole(old: "Weights", new: "Weights", name: str) -> bool:
     """Whether a table stands whole in the delta, as in Ziya's, or as a difference, as in FastChat's: is it nearer to the base or to zero?"""
-    a, b = (table[: len(old) : max(1, len(old) // 4096)].float().flatten() for table in (old, new))
-    whole = bool(a.dot(b) > a.dot(a) / 2)
-    print(f"{name} stands {'whole in the delta' if whole else 'in the delta as a difference'}", file=sys.stderr)
-    return whole
+    both = of_base = 0.0
+    for first in range(0, rows := len(old.tensors[name]), max(1, rows // 16)):
+        a, b = (weights.read(name, slice(first, min(first + 64, rows))).float().flatten() for weights in (old, new))
+        both, of_base = both + float(a.dot(b)), of_base + float(a.dot(a))
+    print(f"{name} stands {'whole in the delta' if both > of_base / 2 else 'in the delta as a difference'}", file=sys.stderr)
+    return both > of_base / 2
 
 
 def hash_all(weights: "Weights"):
@@ -288,7 +298,7 @@ class Weights:
             if not (path := self.folder / file).is_file():
                 raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
             try:
-                names, get = self._open(path)
+                names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
                 raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
@@ -297,21 +307,22 @@ class Weights:
         if missing := mapped.keys() - self.tensors.keys():
             raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
 
-    def read(self, name: str):
-        """A tensor, which may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
-        return self._open(self.paths[name])[1](name)
+    def read(self, name: str, rows: slice | None = None):
+        """A tensor, or some of its rows, that may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        _, get, get_slice = self._open(self.paths[name])
+        return get(name) if rows is None else get_slice(name)[rows]
 
     def _open(self, path: Path):
-        """The names in a file, and a function that maps the tensor of one."""
+        """The names in a file, and functions that map the tensor of one, whole or in part."""
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
             opened = safe_open(path, "pt")
-            return opened.offset_keys(), opened.get_tensor
+            return opened.offset_keys(), opened.get_tensor, opened.get_slice
         import torch
 
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # files of torch before 1.6 are no zip
-        return list(held), held.__getitem__
+        return list(held), held.__getitem__, held.__getitem__
 
 
 def write_shards(folder: Path, tensors, stem: str = "model") -> None:

@@ -283,8 +283,9 @@ def cheapest(flags: dict, shapes: Shapes, fit: float, ram: float = float("inf"))
             found.append((sum(cost for cost, _ in choice), total(parts), change, parts))
     fitting = [entry for entry in found if entry[1] <= fit * 1e9 and entry[3]["host"] <= ram]
     if not fitting:
-        raise RunStopped(f"no flags make this fit {fit:.4g} GB: the least is {min(entry[1] for entry in found) / 1e9:.1f} GB. Take more GPUs, "
-                         f"a smaller model" + ("" if lora else ", or finetune_lora.py, which takes far less"))
+        _, least, _, parts = min(found, key=lambda entry: entry[1])
+        raise RunStopped(f"no flags make this fit {fit:.4g} GB: the least is {least / 1e9:.1f} GB, and {parts['host'] / 1e9:.0f} of RAM. "
+                         f"Take more GPUs, a smaller model" + ("" if lora else ", or finetune_lora.py, which takes far less"))
     return min(fitting, key=lambda entry: entry[:2])[2:]
 
 

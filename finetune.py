@@ -30,8 +30,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Literal
 
-from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, cli, describe, explain, make_blocks,
-                   read_examples, resume_point, run_facts, summarize, write_facts)
+from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, explain,
+                   make_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
 
 
 def main(
@@ -109,6 +109,7 @@ def main(
     args, precision = make_arguments(settings, precision)
     attention = choose_attention(skeleton, precision, max_length)
     chat = Chat(load(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code), template, last_round_only)
+    check_tokenizer(chat, config)
     if not 0 <= freeze_layers < (count := len(layers_of(skeleton))):
         raise BadInput(f"--freeze_layers={freeze_layers}: this model has {count} layers, leave one at least")
     if freeze_layers and chat.new_tokens:

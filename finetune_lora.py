@@ -23,8 +23,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Literal
 
-from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, cli, describe, explain, make_blocks,
-                   read_examples, resume_point, run_facts, summarize, write_facts)
+from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, explain,
+                   make_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
 
 
 def main(
@@ -120,6 +120,7 @@ def main(
     args, precision = make_arguments(settings, precision)
     attention = choose_attention(skeleton, precision, max_length)
     chat = Chat(load(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code), template, last_round_only)
+    check_tokenizer(chat, config)
     if args.deepspeed and args.hf_deepspeed_config.is_zero3() and (bits < 16 or chat.new_tokens):
         what = f"--bits={bits} cannot be spread" if bits < 16 else "the rows of this template's new tokens cannot be trained alone"
         raise BadInput(f"{what} by ZeRO-3: take ds_configs/zero2.json, or --bits 16 and another --template")

@@ -372,7 +372,9 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    cuda, gptq = torch.cuda.is_available(), gptq_config(model_name_or_path)
+    config, cuda = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code), torch.cuda.is_available()
+    gptq = getattr(config, "quantization_config", None) or {}
+    gptq = gptq if gptq.get("quant_method") == "gptq" else None
     if precision == "auto":  # where bf16 is only emulated, fp16 is faster
         precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     if precision != "fp32" and not cuda:
@@ -384,8 +386,7 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     if bits < 16:
         given["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4",
                                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    if gptq and not has_gptqmodel():
-        config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    if gptq and not (importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum")):
         del config.quantization_config
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
@@ -411,6 +412,36 @@ def load(auto_class, name: str, **arguments):
         if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
             raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
     return loaded
+
+
+def dequantized_state(folder: str, settings: dict, dtype) -> dict:
+    """All weights of a GPTQ folder by name, each layer as a plain matrix; BadInput if some are missing or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    settings.setdefault("checkpoint_format", "gptq")
+    if settings["checkpoint_format"] not in ("gptq", "gptq_v2") or settings.get("bits") not in (2, 3, 4, 8):
+        raise BadInput(f"{folder} is of the GPTQ format {settings['checkpoint_format']} with {settings.get('bits')} bits, which only gptqmodel reads: "
+                       f"pip install gptqmodel optimum")
+    index = Path(folder) / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    layers, state = {}, {}
+    for file in files:
+        try:
+            with safe_open(Path(folder) / file, "pt") as tensors:
+                for name in tensors.keys():
+                    layer, _, part = name.rpartition(".")
+                    if part not in PARTS:
+                        state[name] = tensors.get_tensor(name).to(dtype)
+                        continue
+                    parts = layers.setdefault(layer, {})
+                    parts[part] = tensors.get_tensor(name)
+                    if len(parts) == len(PARTS):  # they may lie in two files
+                        state[f"{layer}.weight"] = dequantize(layers.pop(layer), settings).to(dtype)
+        except (OSError, SafetensorError) as problem:
+            raise BadInput(f"{folder}: {file} is missing, cut off or damaged, download it again ({problem})") from None
+    for layer, parts in layers.items():
+        raise BadInput(f"{folder} lacks {layer}.{min(set(PARTS) - set(parts))}: finish the download")
+    return state
 
 
 # ==== adapter ====
@@ -474,27 +505,6 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def has_gptqmodel() -> bool:
-    """Whether transformers can load a GPTQ folder by itself."""
-    return bool(importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum"))
-
-
-def gptq_config(model_name_or_path: str) -> dict | None:
-    """quantization_config of a GPTQ folder; None for any other. BadInput if it is of a version that is not known here."""
-    file = Path(model_name_or_path) / "config.json"
-    try:
-        config = (json.loads(file.read_text("utf-8")) if file.is_file() else {}).get("quantization_config") or {}
-    except ValueError as problem:
-        raise BadInput(f"{file} is no whole JSON: {problem}") from None
-    if config.get("quant_method") != "gptq":
-        return None
-    config.setdefault("checkpoint_format", "gptq")
-    if config["checkpoint_format"] not in ("gptq", "gptq_v2") or config.get("bits") not in (2, 3, 4, 8):
-        raise BadInput(f"{model_name_or_path} is of the GPTQ format {config['checkpoint_format']} with {config.get('bits')} bits, which only gptqmodel "
-                       f"reads: pip install gptqmodel optimum")
-    return config
-
-
 def unpack_codes(words, bits: int):
     """The codes (n, m) in int32 words (n * bits / 32, m), as uint8."""
     import torch
@@ -516,32 +526,6 @@ def dequantize(parts: dict, settings: dict):
     zeros = unpack_codes(parts["qzeros"].T.contiguous(), bits).T.float() + less
     codes, g_idx = unpack_codes(parts["qweight"], bits), parts["g_idx"].long()
     return ((codes - zeros[g_idx]) * parts["scales"].float()[g_idx]).T.contiguous()
-
-
-def dequantized_state(folder: str, settings: dict, dtype) -> dict:
-    """All weights of a GPTQ folder by name, each layer as a plain matrix; BadInput if some are missing or cut off."""
-    from safetensors import SafetensorError, safe_open
-
-    index = Path(folder) / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    layers, state = {}, {}
-    for file in files:
-        try:
-            with safe_open(Path(folder) / file, "pt") as tensors:
-                for name in tensors.keys():
-                    layer, _, part = name.rpartition(".")
-                    if part not in PARTS:
-                        state[name] = tensors.get_tensor(name).to(dtype)
-                        continue
-                    parts = layers.setdefault(layer, {})
-                    parts[part] = tensors.get_tensor(name)
-                    if len(parts) == len(PARTS):  # they may lie in two files
-                        state[f"{layer}.weight"] = dequantize(layers.pop(layer), settings).to(dtype)
-        except (OSError, SafetensorError) as problem:
-            raise BadInput(f"{folder}: {file} is missing, cut off or damaged, download it again ({problem})") from None
-    for layer, parts in layers.items():
-        raise BadInput(f"{folder} lacks {layer}.{min(set(PARTS) - set(parts))}: finish the download")
-    return state
 
 
 if __name__ == "__main__":

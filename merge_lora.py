@@ -253,7 +253,6 @@ def merged_tensors(adapted, base: "Weights", config: dict):
 
     vocab_size and tie_word_embeddings in `config` are brought up to date.
     """
-    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     from tqdm import tqdm
@@ -273,7 +272,7 @@ def merged_tensors(adapted, base: "Weights", config: dict):
             source = file_name(base, name := f"{path}.{leaf}")
             name = source if path != head or source.endswith(HEADS) else name  # files may leave out a prefix, and a head that is tied
             tensor = tensor.to(base.tensors[source].dtype)
-            if not tensor.sum(dtype=torch.float32).isfinite():  # one pass, where isfinite().all() takes several
+            if not all(end.isfinite() for end in tensor.aminmax()):  # one pass, where isfinite().all() takes several
                 raise RunStopped(f"{name} becomes infinite or no number: is the adapter damaged, or did its training diverge?")
             done.add(name)
             if tied and path == embedding:
@@ -372,7 +371,7 @@ class Weights:
             if not (path := self.folder / file).is_file():
                 raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
             try:
-                names, get = self._open(path)
+                names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
                 raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
@@ -381,21 +380,22 @@ class Weights:
         if missing := mapped.keys() - self.tensors.keys():
             raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
 
-    def read(self, name: str):
-        """A tensor, which may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
-        return self._open(self.paths[name])[1](name)
+    def read(self, name: str, rows: slice | None = None):
+        """A tensor, or some of its rows, that may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        _, get, get_slice = self._open(self.paths[name])
+        return get(name) if rows is None else get_slice(name)[rows]
 
     def _open(self, path: Path):
-        """The names in a file, and a function that maps the tensor of one."""
+        """The names in a file, and functions that map the tensor of one, whole or in part."""
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
             opened = safe_open(path, "pt")
-            return opened.offset_keys(), opened.get_tensor
+            return opened.offset_keys(), opened.get_tensor, opened.get_slice
         import torch
 
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # files of torch before 1.6 are no zip
-        return list(held), held.__getitem__
+        return list(held), held.__getitem__, held.__getitem__
 
 
 def write_shards(folder: Path, tensors, stem: str = "model") -> None:

@@ -25,8 +25,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Literal
 
-from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, cli, describe, explain, make_blocks,
-                   read_examples, resume_point, run_facts, summarize, write_facts)
+from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, explain,
+                   make_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
 
 
 def main(
@@ -127,11 +127,10 @@ def main(
     args, precision = make_arguments(settings, precision)
     attention = choose_attention(skeleton, precision, max_length)
     tokenizer = load(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code)
-    if not config_name and len(tokenizer) > config.vocab_size:
-        raise BadInput(f"{model_name_or_path}: its tokenizer has {len(tokenizer):,} tokens, its model {config.vocab_size:,} rows: they do not "
-                       f"belong together, or the model was not resized (extend_vocab.py does both)")
     chat_template, chat = tokenizer.chat_template, Chat(tokenizer, "plain")
     tokenizer.chat_template = chat_template  # the base's own is saved with the model: it is no worse a chat model for having read
+    if not config_name:
+        check_tokenizer(chat, config)
     if args.deepspeed and args.hf_deepspeed_config.is_zero3() and bits < 16:
         raise BadInput(f"--bits={bits} cannot be spread by ZeRO-3: take ds_configs/zero2.json, or --bits 16")
 

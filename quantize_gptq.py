@@ -93,16 +93,11 @@ def main(
 
     # ---- load ----
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
     copied = tempfile.TemporaryDirectory()  # stays empty but for pickles, which cannot be read tensor by tensor
-    model, stored, device = load_on_disk(model_name_or_path, copied.name, trust_remote_code, allow_pickle)
+    model, tokenizer, stored, device = load_on_disk(model_name_or_path, copied.name, trust_remote_code, allow_pickle)
     linear = linear_layers(model, group_size)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as problem:
-        raise BadInput(f"no tokenizer could be loaded from {model_name_or_path}: {str(problem).strip().splitlines()[0][:300]}") from None
     examples = choose_examples(tokenizer, template, calibration_path, eval_path, max_length, calibration_size, seed)
     ids, labels, positions, real, rows = make_rows(examples, max_length, model)
     print(f"calibrating on {len(examples[0]):,} examples, {real[:rows].sum():,} tokens; evaluating on {len(examples[1]):,}, {real[rows:].sum():,} tokens",
@@ -118,13 +113,13 @@ def main(
     each = (bits + (bits + 16) / max(group_size, MULTIPLE)) / 8  # bytes of a quantized weight, with its share of scale and zero
     size = 2 * each * weights + 2 * (model.num_parameters() - weights)  # what is quantized is written matrix by matrix, and once more at the end
     unfinished = begin_or_go_on(Path(output_dir), facts, size)
-    quantizer = Quantizer(unfinished / "parts", linear, settings, real[:rows].to(device), ids[rows:].numel())
+    done = quantize_in_passing(linear, unfinished / "parts", settings, real[:rows].to(device), ids[rows:].numel())
     copies = lambda tensor: torch.cat([tensor, tensor[rows:], tensor[rows:]]).to(device)  # what is evaluated on, for all three kinds of weights
-    with torch.inference_mode(), quantizer.bar:
+    with torch.inference_mode():
         apart = {} if positions is None else {"position_ids": copies(positions)}
         hidden = model.base_model(input_ids=copies(ids), use_cache=False, **apart)[0]
         perplexities = evaluate_copies(model.get_output_embeddings(), hidden[rows:], labels[rows:].to(device))
-    if missing := linear.keys() - quantizer.done:
+    if missing := linear.keys() - done:
         raise RunStopped(f"no input came to {min(missing)} ({len(missing)} matrices in all): a model that leaves out layers is not known here")
 
     # ---- save ----
@@ -150,17 +145,18 @@ def main(
 
 # ---- what is given ----
 def load_on_disk(model_name_or_path: str, copied: str, trust_remote_code: bool, allow_pickle: bool):
-    """(model, {name: where its weight is stored}, device): a model whose weights stay in their files, by accelerate's disk offload.
+    """(model, tokenizer, {name: where its weight is stored}, device): a model whose weights stay in their files, by accelerate's disk offload.
 
     A module's weight is read, in fp32, just before it runs on the device, a GPU if there is one, and forgotten behind it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here
     with contextlib.suppress(AttributeError, OSError):  # glibc alone: what is freed between tensors that are held goes back to the system (M_MMAP_THRESHOLD)
         ctypes.CDLL(None).mallopt(-3, 2**20)
     try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             model_name_or_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied, use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code, output_loading_info=True)
@@ -181,7 +177,7 @@ def load_on_disk(model_name_or_path: str, copied: str, trust_remote_code: bool, 
         if hasattr(module, "_hf_hook"):
             module._hf_hook.execution_device = device
         module._buffers.update({name: value.to(device) for name, value in module._buffers.items() if value is not None})
-    return model.eval(), stored, device
+    return model.eval(), tokenizer, stored, device
 
 
 def linear_layers(model, group_size: int) -> dict:
@@ -221,14 +217,13 @@ def choose_examples(tokenizer, template: str, calibration_path: str, eval_path: 
         return [source[int(e)] for e in sorted(numbers[:enough])]
 
     examples = read(calibration_path)
+    others, chosen, held = (read(eval_path) if eval_path else examples), range(len(examples)), ()
     if eval_path:
-        others, chosen = read(eval_path), range(len(examples))
         held = range(len(others))
+    elif (records := len(set(examples["record"]))) > 1:
+        chosen, held = hold_out(examples, max(1, records // 4), seed)
     else:
-        records = len(set(examples["record"]))
-        if records < 2:
-            raise BadInput(f"--calibration_path={calibration_path} holds one record only: give more, or an --eval_path")
-        others, (chosen, held) = examples, hold_out(examples, max(1, records // 4), seed)
+        raise BadInput(f"--calibration_path={calibration_path} holds one record only: give more, or an --eval_path")
     return take(examples, chosen, calibration_size * max_length), take(others, held, min(16, max(1, calibration_size // 4)) * max_length)
 
 
@@ -248,11 +243,9 @@ def make_rows(examples: tuple[list[dict], list[dict]], max_length: int, model):
     """What is to calibrate and to evaluate on as rows of one batch: whole examples laid end to end, which transformers keeps apart by their
     positions; one a row, with more padding, where it cannot (BLOOM).
 
-    Padding stands behind them, where no token sees it, once in each row at least: so transformers always makes a mask. Without
-    one, torch would hold all T x T scores of grouped heads on a GPU, having no fused kernel for them in fp32.
-
-    Returns:
-        input_ids, labels, position_ids (or None), whether there is a token: (B, T) each, and how many of the B rows are to calibrate on.
+    Padding stands behind them, where no token sees it, once in each row at least: so transformers always makes a mask. Without one, torch would
+    hold all T x T scores of grouped heads on a GPU, having no fused kernel for them in fp32. Returns input_ids, labels, position_ids (or None) and
+    whether there is a token, (B, T) each, and how many of the B rows are to calibrate on.
     """
     import torch
 
@@ -270,49 +263,51 @@ def make_rows(examples: tuple[list[dict], list[dict]], max_length: int, model):
 
 
 # ---- one pass through the model ----
-class Quantizer:
-    """What the linear layers of a model do when their inputs come: quantize themselves, and put out what they will from now on.
+def quantize_in_passing(linear: dict, folder: Path, settings: dict, real, evaluated: int) -> set:
+    """Let the linear layers of a model quantize themselves when their inputs come, and put out what they will from now on.
 
-    The rows of every input are the positions of one batch: those to calibrate on, then three times those to evaluate on, for
-    the quantized, the original and the rounded weights.
+    The rows of every input are the positions of one batch: those to calibrate on, then three times those to evaluate on, for the quantized,
+    the original and the rounded weights. Each matrix goes into a file of its own in `folder`, and is taken as it is where there is one already.
+    Returns a set, to which the name of each is added when it was at work.
 
     Args:
-        folder: Of one file a matrix; what an earlier run finished there is taken as it is.
         real: (B, T), false where there is padding in what is calibrated on.
         evaluated: Positions to evaluate on.
     """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch.nn import functional as F
+    from tqdm import tqdm
 
-    def __init__(self, folder: Path, linear: dict, settings: dict, real, evaluated: int):
-        from tqdm import tqdm
+    calibrated, padding = real.numel(), (~real).flatten().nonzero()[:, 0]
+    splits, done, bar = [calibrated + evaluated, evaluated, evaluated], set(), tqdm(total=len(linear), desc="quantizing", unit=" matrices")
+    shared = None, None, None  # by query, key and value: their input, and what inverse_factor makes of it
 
-        self.folder, self.settings, self.padding, self.calibrated = folder, settings, (~real).flatten().nonzero()[:, 0], real.numel()
-        self.splits, self.shared, self.done = [real.numel() + evaluated, evaluated, evaluated], (None, None, None), set()
-        self.bar = tqdm(total=len(linear), desc="quantizing", unit=" matrices")
-        for name, module in linear.items():
-            module._old_forward = partial(self.forward, name, module)  # what accelerate calls while it holds the weight
-
-    def forward(self, name: str, module, x):
+    def forward(name: str, module, x):
         """x (..., in) -> (..., out)."""
-        import torch
-        from safetensors.torch import load_file, save_file
-        from torch.nn import functional as F
-
-        weight, rows, file = module.weight, x.reshape(-1, x.shape[-1]), self.folder / f"{name}.safetensors"  # (out, in), (N, in)
-        if len(rows) != sum(self.splits):
-            raise RunStopped(f"{name} sees {len(rows)} of {sum(self.splits)} positions: a model that routes them is not known here")
+        nonlocal shared
+        weight, rows, file = module.weight, x.reshape(-1, x.shape[-1]), folder / f"{name}.safetensors"  # (out, in), (N, in)
+        if len(rows) != sum(splits):
+            raise RunStopped(f"{name} sees {len(rows)} of {sum(splits)} positions: a model that routes them is not known here")
         if file.is_file():
             parts = {part: tensor.to(x.device) for part, tensor in load_file(file).items()}
         else:
-            if self.shared[0] is not x:  # query, key and value have one input
-                rows[self.padding] = 0  # no token sees what comes of it
-                self.shared = x, *inverse_factor(hessian(rows[: self.calibrated]), self.settings)
-            parts = to_parts(*quantize(weight, *self.shared[1:], self.settings), self.settings)
+            if shared[0] is not x:
+                rows[padding] = 0  # no token sees what comes of it
+                shared = x, *inverse_factor(hessian(rows[:calibrated]), settings)
+            parts = to_parts(*quantize(weight, *shared[1:], settings), settings)
             save_file({part: tensor.cpu() for part, tensor in parts.items()}, unfinished := file.with_suffix(".unfinished"))
             unfinished.rename(file)
-        self.done.add(name)
-        self.bar.update()
-        outputs = zip(rows.split(self.splits), (dequantize(parts, self.settings), weight, round_to_nearest(weight, self.settings)))
+        done.add(name)
+        bar.update()
+        if len(done) == len(linear):
+            bar.close()
+        outputs = zip(rows.split(splits), (dequantize(parts, settings), weight, round_to_nearest(weight, settings)))
         return torch.cat([F.linear(part, matrix, module.bias) for part, matrix in outputs]).view(*x.shape[:-1], -1)
+
+    for name, module in linear.items():
+        module._old_forward = partial(forward, name, module)  # what accelerate calls while it holds the weight
+    return done
 
 
 def evaluate_copies(head, hidden, labels) -> dict[str, float]:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -17,6 +18,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import os
 import pprint
 import random
@@ -134,7 +136,11 @@ class Chat:
         anchor = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) | {"id": len(tokenizer) + 1, "content": _ANCHOR, "special": True}
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]] + [anchor]
         self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
-        last = self.encode(SHORTEST)[1][0][-1]
+        self.anchor_ids = self._text_ids(_ANCHOR)
+        pieces = self.encode(SHORTEST)
+        if len(pieces) < 2 or not pieces[1][0]:
+            raise BadInput(f"the chat template of {self.name} shows no answer: choose one with --template")
+        last = pieces[1][0][-1]
         self.stops = last in self.control.values()
         self.stop_ids = sorted({last, tokenizer.eos_token_id} & {*self.control.values()})
         self.crossed = 0
@@ -147,7 +153,7 @@ class Chat:
             for i, part in enumerate(self.control_pattern.split(text)):
                 if i % 2:
                     ids.append(self.control[part])
-                    before, start = _ANCHOR, self._text_ids(_ANCHOR)
+                    before, start = _ANCHOR, self.anchor_ids
                 elif part:
                     part = part.replace(_SPLIT, "")
                     before, whole = before + part, self._text_ids(before + part)
@@ -181,7 +187,6 @@ class Chat:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans of its {% generation %} blocks."""
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         guard = functools.partial(self.control_pattern.sub, lambda match: match[0][0] + _SPLIT + match[0][1:])
@@ -191,7 +196,7 @@ class Chat:
             texts, spans = render_jinja_template(
                 [guarded], chat_template=self.jinja, return_assistant_tokens_mask=re.search(r"{%-?\s*generation\b", self.jinja) is not None,
                 add_generation_prompt=add_generation_prompt, **self.special_tokens)
-        except jinja2.TemplateError as problem:
+        except Exception as problem:  # a model's own template may do anything: divide by zero, call itself without end
             raise BadInput(f"template {self.template}: {problem}") from None
         return texts[0], spans[0] if spans else []
 
@@ -301,9 +306,10 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
     parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), chat.tokenizer.backend_tokenizer.to_str(), repr(how)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]  # datasets adds to it, and takes 64 at most
     folder, name = cache_folder() / "examples" / key, Path(data_path).name
-    while int(os.environ.get("LOCAL_RANK", 0)) and not folder.is_dir():  # the first rank of the machine makes it; torchrun ends us if it cannot
+    while int(os.environ.get("LOCAL_RANK", 0)) and not _undamaged(folder):  # the first rank of the machine makes it; torchrun ends us if it cannot
         time.sleep(0.2)
-    if not folder.is_dir():
+    if not _undamaged(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         with whole_folder(folder) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as scratch:
             counts, worker = Counter(), copy.copy(chat)
             worker.tokenizer = None  # the other processes do without: it takes half a second to send
@@ -324,9 +330,17 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
                 counts = sum((Counter(json.loads(line)) for line in file.read_text("utf-8").splitlines()), counts)
             if not counts["examples"]:
                 raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped")
-            (unfinished / "counts.json").write_text(json.dumps(counts), "utf-8")
+            about = {"counts": counts, "files": {file.name: file_hash(file) for file in unfinished.glob("*.arrow")}}
+            (unfinished / "counts.json").write_text(json.dumps(about), "utf-8")
     examples = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
-    return examples, Counter(json.loads((folder / "counts.json").read_text("utf-8")))
+    return examples, Counter(read_json(folder / "counts.json")["counts"])
+
+
+def _undamaged(folder: Path) -> bool:
+    """Whether a folder of the cache is there, and its files are as they were written: a power loss can leave others."""
+    with contextlib.suppress(BadInput, OSError, KeyError, AttributeError):
+        return all(file_hash(folder / name) == digest for name, digest in read_json(folder / "counts.json")["files"].items())
+    return False
 
 
 def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, data_path: str, scratch: str, batch: dict) -> dict[str, list]:
@@ -384,6 +398,7 @@ def hold_out(examples, eval_size: float, seed: int):
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """Examples by block, whole and at most `capacity` tokens together: best-fit decreasing."""
+    capacity = min(capacity, sum(lengths))
     by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # the open blocks
     rooms, blocks = [], []  # rooms that some open block has, sorted
     for e in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
@@ -490,9 +505,10 @@ def read_rows(path: str, notes: Counter, document_separator: str | None = None):
             text, begun = line + "".join(rest for _, rest in lines) if array else line, True
             try:
                 found = json.loads(text)
-            except json.JSONDecodeError as problem:
-                raise BadInput(f"{path}, line {number + problem.lineno - 1}: not whole JSON ({problem.msg}): is it cut off? "
-                               f"A .json or .jsonl file holds one array, or one object a line") from None
+            except (ValueError, RecursionError) as problem:  # not JSON; a number of more digits than Python takes; a nesting without end
+                at, what = number + getattr(problem, "lineno", 1) - 1, getattr(problem, "msg", str(problem)[:60])
+                raise BadInput(f"{path}, line {at}: not whole JSON ({what}): is it cut off? A .json or .jsonl file "
+                               f"holds one array, or one object a line") from None
             yield from found if array else [found]
 
 
@@ -542,7 +558,7 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
     if not isinstance(row, dict):
         raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
     row = {key: value for key, value in row.items() if value is not None}
-    turns = [("system", row["system"])] if row.get("system") else []
+    turns = [("system", row["system"])] if row.get("system", "") != "" else []
     if "messages" in row or "conversations" in row:
         name, role, text = known = ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
         if not isinstance(row[name], list):
@@ -554,17 +570,17 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
                 raise BadInput(f"unknown role {turn[role]!r}; known are {', '.join(ROLES)}")
             turns.append((ROLES[turn[role]], turn[text]))
     elif isinstance(row.get("input"), list) or isinstance(row.get("prompt"), list):  # Chinese-Vicuna chat, Ziya
-        name, *_ = known = ("input" if "input" in row else "prompt", "output", "task")
+        name, *_ = known = ("input" if isinstance(row.get("input"), list) else "prompt", "output", "task")
         if not isinstance(row.get("output"), list) or len(row["output"]) != len(row[name]):
             raise BadInput(f"{name!r} is a list of {len(row[name])} turns, so 'output' must be a list of as many answers")
         turns += [turn for user, answer in zip(row[name], row["output"]) for turn in (("user", user), ("assistant", answer))]
     elif "instruction" in row:
         known = ("instruction", "input", "output", "history")
-        for pair in row.get("history") or []:
+        for pair in row.get("history", []) if isinstance(row.get("history", []), list) else [row["history"]]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise BadInput("'history' must be a list of [user, answer] pairs")
             turns += [("user", pair[0]), ("assistant", pair[1])]
-        turns.append(("user", row["instruction"], row["input"]) if row.get("input") else ("user", row["instruction"]))
+        turns.append(("user", row["instruction"], row["input"]) if row.get("input", "") != "" else ("user", row["instruction"]))
         turns += [("assistant", row["output"])] if "output" in row else []
     elif "input" in row and "target" in row:  # Llama2-Chinese, two columns
         known = ("input", "target")
@@ -609,6 +625,8 @@ def clean_text(text, role: str, unescape_newlines: bool, notes: Counter) -> str:
         raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
     runs = [run.encode("gb18030") for run in re.findall("[\u4e00-\u9fff]{6,60}", text)]  # one may begin inside a character
     gbk = any(UTF8_CHINESE.fullmatch(run, start, start + (len(run) - start) // 3 * 3) for run in runs for start in range(3))
+    if _ANCHOR in text or _SPLIT in text:
+        raise BadInput(f"the {role} text holds U+F1000 or U+F1001, characters for private use that this program uses itself: {text[:40]!r}")
     if re.search("[\ud800-\udfff]", text):
         raise BadInput(f"the {role} text holds half a character (a surrogate, such as a cut emoji leaves): {text[:40]!r}")
     if gbk or LATIN_MOJIBAKE.search(text) or "锟斤拷" in text:
@@ -660,15 +678,12 @@ def cli(main) -> None:
 def convert_flags(main, texts: dict[str, str]) -> dict:
     """The flags with the types that main asks for; BadInput where one is unknown, missing or of another type.
 
-    A main with **training_arguments takes every field of transformers.TrainingArguments as well: they are read from the
-    source, since an import takes 5 s.
+    A main with **training_arguments takes every field of transformers.TrainingArguments as well.
     """
     parameters = inspect.signature(main).parameters
     kinds = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     if len(kinds) < len(parameters):
-        source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
-        fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-        kinds = {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field, ast.AnnAssign)} | kinds
+        kinds = training_argument_kinds() | kinds
     for name in texts.keys() - kinds.keys():
         near = difflib.get_close_matches(name, kinds, n=1)
         raise BadInput(f"--{name} is not a flag of {Path(sys.argv[0]).name}: " + (f"did you mean --{near[0]}?" if near else "--help lists the flags"))
@@ -676,7 +691,16 @@ def convert_flags(main, texts: dict[str, str]) -> dict:
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in texts:
             about = re.search(rf"^ +{name}: (.*)", main.__doc__, re.M)
             raise BadInput(f"--{name} is missing: {about[1] if about else 'it has no default'}")
-    return {name: convert_flag(name, text, kinds[name]) for name, text in texts.items()}
+    flags = {name: convert_flag(name, text, kinds[name]) for name, text in texts.items()}
+    check_numbers(flags)
+    return flags
+
+
+def training_argument_kinds() -> dict[str, str]:
+    """{field: source of its annotation} of transformers.TrainingArguments, read from the file: an import takes 5 s."""
+    source = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py").read_text("utf-8")
+    fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    return {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field, ast.AnnAssign)}
 
 
 def convert_flag(name: str, text: str, kind):
@@ -693,12 +717,49 @@ def convert_flag(name: str, text: str, kind):
         return text.lower() == "true"
     for word, convert in (("int", int), ("float", float), ("str", str)):
         with contextlib.suppress(ValueError):
-            if word in words:
+            if word in words and (word == "str" or math.isfinite(float(text))):  # nan and inf are no numbers to train with
                 return convert(text)
     raise BadInput(f"--{name}={text} is not " + ("True or False" if "bool" in words else "a whole number" if "int" in words else "a number"))
 
 
 # ---- checks ----
+def show(flags: dict) -> None:
+    """Print what a run is started with, once for all ranks, behind the checks."""
+    if os.environ.get("RANK", "0") == "0":
+        pprint.pprint(flags, stream=sys.stderr)
+
+
+_COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "num_train_epochs", "max_new_tokens",
+           "per_device_eval_batch_size", "ranks", "num_pieces", "repetition_penalty", "logging_steps", "save_steps", "eval_steps", "lora_alpha")
+_SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
+_SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
+          "early_stopping_patience", "dataloader_num_workers", "freeze_layers")
+
+
+def check_positive(**flags: float) -> None:
+    """BadInput if one of the flags is not above zero."""
+    for name, value in flags.items():
+        if not 0 < value < math.inf:
+            raise BadInput(f"--{name}={value} must be above zero")
+
+
+def check_numbers(flags: dict) -> None:
+    """BadInput where a flag holds a number, but not a possible one."""
+    for name, value in flags.items():
+        least, most = (0, 1) if name in _SHARES else (0, 2**32 - 1) if name in ("seed", "data_seed") else (0, math.inf)
+        if name in (*_COUNTS, *_SHARES, *_SIZES, "seed", "data_seed") and isinstance(value, (int, float)):
+            if not math.isfinite(value) or not least <= value <= most or (name in _COUNTS and value == 0):
+                span = "above zero" if name in _COUNTS else "zero or more" if most == math.inf else f"from {least} to {most}"
+                raise BadInput(f"--{name}={value} must be {span}")
+
+
+def check_file(flag: str, path: str | None) -> None:
+    """BadInput if the path of a flag is given and is not that of a file with something in it."""
+    if path is not None and (not os.path.isfile(path) or not os.path.getsize(path)):
+        what = "is empty" if os.path.isfile(path) else "is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"
+        raise BadInput(f"--{flag}={path} {what}")
+
+
 def read_json(path) -> dict:
     """The object in a JSON file; BadInput where it is missing, cut off, or holds something else."""
     try:
@@ -708,26 +769,6 @@ def read_json(path) -> dict:
     if not isinstance(found, dict):
         raise BadInput(f"{path} holds a {type(found).__name__} where an object {{...}} belongs")
     return found
-
-
-def show(flags: dict) -> None:
-    """Print what a run is started with, once for all ranks, behind the checks."""
-    if os.environ.get("RANK", "0") == "0":
-        pprint.pprint(flags, stream=sys.stderr)
-
-
-def check_positive(**flags: float) -> None:
-    """BadInput if one of the flags is not above zero."""
-    for name, value in flags.items():
-        if value <= 0:
-            raise BadInput(f"--{name}={value} must be above zero")
-
-
-def check_file(flag: str, path: str | None) -> None:
-    """BadInput if the path of a flag is given and is not that of a file with something in it."""
-    if path is not None and (not os.path.isfile(path) or not os.path.getsize(path)):
-        what = "is empty" if os.path.isfile(path) else "is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"
-        raise BadInput(f"--{flag}={path} {what}")
 
 
 def check_adapter(lora_path: str | None) -> None:
@@ -747,12 +788,16 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
     held = f"it holds {', '.join(sorted(names)[:8]) or 'nothing'}"
     tensors, pickles = ({name for name in names if name.endswith(ends)} for ends in (".safetensors", (".bin", ".pt", ".pth")))
     indices = sorted(names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"})
-    missing = sorted({file for index in indices for file in json.loads((folder / index).read_text("utf-8"))["weight_map"].values()} - names)
+    named = {str(file) for index in indices for file in (read_json(folder / index).get("weight_map") or {"": "any file"}).values()}
+    missing = sorted(named - names)
+    for file in {"config.json", "tokenizer_config.json", "generation_config.json"} & names:
+        read_json(folder / file)
     for wrong, what in (
             ("config.json" not in names and "adapter_config.json" in names, f"is a LoRA adapter: give its base as the model and this as --lora_path ({held})"),
             ("config.json" not in names, f"has no config.json, so it is no model ({held})"),
             ("delta.json" in names, "is a delta, which only babbles by itself: make the model of it with apply_delta.py"),
             ("quantize_config.json" in names and not quantized, "is quantized, for generate.py alone: give the 16-bit model that it was made from"),
+            ("model.safetensors.index.json" in indices and named & pickles, "has an index of safetensors that names a pickle: download it again"),
             (missing, f"lacks {', '.join(missing[:3])}, which {', '.join(indices)} names ({len(missing)} missing): finish the download"),
             (not tensors and not pickles, f"holds no weights (*.safetensors): {held}"),
             (not tensors and not allow_pickle, f"has its weights as a pickle ({', '.join(sorted(pickles)[:1])}), which can run code when it is loaded: "
@@ -761,43 +806,64 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
             raise BadInput(f"{folder} {what}")
 
 
-def check_output_dir(output_dir: str, resume: bool | None = None) -> None:
+def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_path: str = "") -> None:
     """BadInput if output_dir holds something and this run is not to go on with it; None: it is of a script that cannot."""
     folder = Path(output_dir)
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder" if not existing.is_dir() else "not writable"))
-    begun = {"run.json", ".saving", "runs"} if resume is not None else set()  # of a run that never came to its first checkpoint
-    if not resume and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
+    if not output_dir or not existing.is_dir() or not os.access(existing, os.W_OK) or (folder.is_symlink() and not folder.exists()):
+        raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder that can be written to: give another"))
+    if model_name_or_path and Path(model_name_or_path).is_dir() and folder.is_dir() and folder.samefile(model_name_or_path):
+        raise BadInput(f"--output_dir={output_dir} is the base model's own folder, which would be overwritten: give a new folder")
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    begun = {"run.json", "run.lock", ".saving", "runs"} if resume is not None else set()  # of a run that never came to its first checkpoint
+    if resume and names - begun and "run.json" not in names:
+        raise BadInput(f"--output_dir={output_dir} holds no run that could go on (no run.json): give the run's folder, or a new one without --resume")
+    if not resume and names - begun:
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 
 
 def write_facts(output_dir: str, facts: dict) -> None:
-    """Note in run.json what the run that begins is made of, for resume_point."""
-    if os.environ.get("RANK", "0") == "0":
-        os.makedirs(output_dir, exist_ok=True)
-        Path(output_dir, "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), "utf-8")
+    """Note in run.json what the run that begins is made of, for resume_point, and keep other runs out of the folder until this one ends."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    os.makedirs(output_dir, exist_ok=True)
+    lock = os.open(Path(output_dir, "run.lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends, however it does
+    with contextlib.suppress(OSError):  # not on every file system
+        os.set_inheritable(lock, False)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = None
+    if lock is not None:
+        raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder")
+    Path(output_dir, "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), "utf-8")
 
 
 def resume_point(output_dir: str, facts: dict) -> str | None:
     """The last whole checkpoint in output_dir; BadInput if run.json says that the run there was begun with other facts.
 
-    A checkpoint is whole if its trainer_state.json, which Trainer writes last, can be read, and the states of the random
-    numbers of every rank are there, for which it does not wait.
+    A checkpoint is whole if trainer_state.json, which Trainer writes last, can be read, if the states of optimizer and schedule are
+    there, and those of the random numbers of every rank, for which it does not wait.
     """
     folders = sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda folder: -int(folder.name.rpartition("-")[2]))
-    begun = json.loads(Path(output_dir, "run.json").read_text("utf-8")) if folders and Path(output_dir, "run.json").is_file() else {}
-    for name in begun.keys() & facts.keys() - {"base"}:
+    begun = read_json(Path(output_dir, "run.json")) if folders and Path(output_dir, "run.json").is_file() else {}
+    for name in sorted(begun.keys() & facts.keys() - {"base"}):
         if begun[name] != facts[name]:
             raise BadInput(f"--resume: {output_dir} was begun with {name} = {begun[name]}, now it is {facts[name]}: give the same, or a new --output_dir")
     states = [f"rng_state_{rank}.pth" for rank in range(facts["world_size"])] if facts["world_size"] > 1 else ["rng_state.pth"]
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((folder / "trainer_state.json").read_text("utf-8"))
-            if all((folder / state).is_file() for state in states):
+        deepspeed = any(folder.glob("global_step*"))  # it keeps optimizer and schedule there
+        needed = [folder / name for name in states + ["optimizer.pt", "scheduler.pt"] * (not deepspeed)]
+        with contextlib.suppress(BadInput):
+            state = read_json(folder / "trainer_state.json")
+            if all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
+                if best := state.get("best_model_checkpoint"):  # the folder may have another name since
+                    state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
+                    if best != state["best_model_checkpoint"] and os.environ.get("RANK", "0") == "0":
+                        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2), "utf-8")
                 return str(folder)
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} is not whole: looking for the checkpoint before it", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no checkpoint in {output_dir}: the run begins at its first step", file=sys.stderr)
 
 
 # ---- files ----
@@ -828,13 +894,16 @@ def fingerprint(model_name_or_path: str) -> str | None:
     digest, files = hashlib.sha256(), sorted(Path(model_name_or_path).glob("model*.safetensors"))
     for file in files:
         with open(file, "rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-            header.pop("__metadata__", None)
-            for name, tensor in sorted(header.items()):
-                begin, end = tensor["data_offsets"]
-                stream.seek(8 + size + begin)
-                digest.update(f"{name}{tensor['dtype']}{tensor['shape']}".encode() + stream.read(min(4096, end - begin)))
+            try:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size if size < os.path.getsize(file) else 0))
+                header.pop("__metadata__", None)
+                for name, tensor in sorted(header.items()):
+                    begin, end = tensor["data_offsets"]
+                    stream.seek(8 + size + begin)
+                    digest.update(f"{name}{tensor['dtype']}{tensor['shape']}".encode() + stream.read(min(4096, end - begin)))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError):
+                raise BadInput(f"{file} has no whole header: is it cut off, damaged, or a pointer of Git LFS? Download it again") from None
     return digest.hexdigest() if files else None
 
 
@@ -850,6 +919,14 @@ def can_pack(config, max_length: int) -> bool:
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "attn_logit_softcapping", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return (window or max_length) >= max_length and not (others and not window)
+
+
+def check_tokenizer(chat: Chat, config) -> None:
+    """BadInput if the tokenizer has more tokens than the model has rows, besides those that the template brings: they would end the run in a step."""
+    tokens = len(chat.tokenizer) - len(chat.new_tokens)
+    if tokens > config.vocab_size:
+        raise BadInput(f"{chat.name}: its tokenizer has {tokens:,} tokens, its model {config.vocab_size:,} rows: they do not belong together, or the "
+                       f"model was not resized (extend_vocab.py does both)")
 
 
 def read_examples(flags: dict, chat: Chat):
@@ -872,8 +949,10 @@ def run_facts(flags: dict, **found) -> dict:
                   "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
     hashed = {name: [file_hash(file) for file in document_files(flags[name])] for name in ("data_path", "eval_path") if flags[name]}
     blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
+    other = {name: value for name, value in flags["training_arguments"].items() if not re.match("log|save|eval|report|max_steps|disable|dataloader|ddp", name)}
     return {name: value for name, value in flags.items() if name not in may_change} | hashed | found | {
-        "blocks_per_rank_and_step": blocks, "base": flags["model_name_or_path"], "base_fingerprint": fingerprint(flags["model_name_or_path"])}
+        "training_arguments": json.loads(json.dumps(other, default=str)), "blocks_per_rank_and_step": blocks,
+        "base": flags["model_name_or_path"], "base_fingerprint": fingerprint(flags["model_name_or_path"])}
 
 
 def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuffle: bool, multiple_of: int) -> list[list[int]]:
@@ -911,13 +990,13 @@ def check_run(flags: dict) -> dict:
         if "document_separator" not in flags or not os.path.isdir(flags[flag] or ""):  # documents may be a folder of files
             check_file(flag, flags[flag])
     check_model(flags["model_name_or_path"], flags["allow_pickle"])
-    check_output_dir(flags["output_dir"], flags["resume"])
-    check_positive(**{name: flags[name] for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r") if name in flags})
+    check_output_dir(flags["output_dir"], flags["resume"], flags["model_name_or_path"])
+    check_numbers(flags | given)
     ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
             "train_sampling_strategy": "shuffle"} | dict.fromkeys(("auto_find_batch_size", "label_smoothing_factor", "use_liger_kernel", "torch_compile",
-                                                                   "remove_unused_columns", "do_train"))
+                                                                   "remove_unused_columns", "do_train", "save_only_model"))
     for name in given.keys() & ours:
-        raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss and the batches are our own"))
+        raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss, the batches and the checkpoints are our own"))
     if flags["eval_path"] and flags["eval_size"]:
         raise BadInput("--eval_path and --eval_size are two ways to say what to evaluate on: give one")
     for name, value in (("eval_strategy", given.get("eval_strategy", "no")), ("early_stopping_patience", flags["early_stopping_patience"])):
@@ -925,7 +1004,7 @@ def check_run(flags: dict) -> dict:
             raise BadInput(f"--{name}={value} needs something to evaluate on: add --eval_path or --eval_size")
     trackers = str(given.get("report_to") or "none").split(",")
     for tracker in set(trackers) - {"none", "all"}:
-        if importlib.util.find_spec(tracker) is None:
+        if not tracker.isidentifier() or importlib.util.find_spec(tracker) is None:
             raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
     if "deepspeed" in given:
         check_deepspeed(given["deepspeed"])
@@ -990,31 +1069,3 @@ def check_ranks(args, facts: dict) -> None:
         torch.distributed.all_gather_object(everyone, facts)
     for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
         raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
-
-
-def prompt_messages(row: dict) -> list[dict]:
-    """The messages of a record or of {"prompt": ...} up to the last question: what a model is asked for an answer to."""
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        row = {"instruction": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
-    messages = clean_messages(row_turns(row, Counter()), False, Counter())
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] == "system":
-        raise BadInput("it asks nothing")
-    return messages
-
-
-
-
-def holds_text(path: str) -> bool:
-    """Whether a file or folder holds documents, rather than instructions or dialogues."""
-    if os.path.isdir(path) or path.endswith(".txt"):
-        return True
-    row = next(iter(read_rows(path, Counter())), None)
-    for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
-        try:
-            turns_of(row, Counter())
-            return turns_of is document_turns
-        except BadInput:
-            pass
-    return False  # neither: reading it says what is wrong

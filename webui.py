@@ -225,7 +225,7 @@ def adapted(model, adapter: str | None):
         yield
 
 
-def pieces(answer, lock: threading.Lock):
+def answer_pieces(answer, lock: threading.Lock):
     """Yield what the generator `answer` does, from a thread that holds the lock, and "" while there is nothing new.
 
     Closing this sets the model off at its next token and does not wait for that: Gradio closes it in its event loop, which
@@ -291,7 +291,7 @@ def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str
         asked = fit(model.config, chat, messages, settings["max_new_tokens"])
         if len(asked) < len(messages):
             gr.Info("上文已满，最早的几轮不再读入。The context is full: the first rounds are no longer read.")
-        for piece in pieces(answer(), lock):
+        for piece in answer_pieces(answer(), lock):
             text += piece
             yield shown + [{"role": "assistant", "content": show_text(text)}] if text else shown
         notice = "" if text else "模型什么也没有回答。The model answered nothing."

@@ -85,7 +85,7 @@ def main(
     import generate
 
     torch.set_num_threads(threads)
-    load_model = lambda folder: generate.load(folder, precision="fp32")[0]
+    load_model = lambda folder: generate.load_model(folder, precision="fp32")[0]
     with tempfile.TemporaryDirectory() as work:
         work, tokenizer = Path(work), AutoTokenizer.from_pretrained(model)
         kinds = {"Chinese": [file.read_text("utf-8") for file in novels], "English": [english()]}
@@ -129,7 +129,9 @@ def main(
         mine = str(work / "quantize_gptq.py-0")
         subprocess.run([peer, "-c", READER, mine, work / "ids.pt", work / "logits.pt"], cwd=work, env=environment, capture_output=True, check=True)
         weights, logits = torch.load(work / "logits.pt")
-        exact, half = load_model(mine), load_model(mine).half()
+        exact, half = load_model(mine), load_model(mine)
+        for parameter in half.parameters():  # and not what is computed, as rotary frequencies
+            parameter.data = parameter.data.half()
         furthest = max(float((exact.get_submodule(name).weight - matrix).abs().max() / matrix.abs().max()) for name, matrix in weights.items())
         with torch.inference_mode():
             exact, half = exact(ids).logits, half(ids).logits.float()

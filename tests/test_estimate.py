@@ -210,7 +210,8 @@ def test_a_model_in_the_hub_s_cache_is_known_and_one_that_is_begun_from_a_config
 
 @pytest.mark.parametrize("cards, ram, flags, fits, change", [
     ([], 10**12, {}, True, ""), ([24 * 10**9], 0, {}, True, ""), ([8 * 10**9, 24 * 10**9], 0, {}, False, "--bits 4"),
-    ([24 * 10**9], 10**12, dict(stage="finetune"), False, "zero2_offload.json"), ([24 * 10**9], 10**11, dict(stage="finetune"), False, "no flags make this fit 24 GB"),
+    ([24 * 10**9], 10**12, dict(stage="finetune"), False, "zero2_offload.json"), ([24 * 10**9], 10**11, dict(stage="finetune"), False, "no flags make this fit 24 GB: the least is"),
+    ([24 * 10**9], 10**11, dict(stage="finetune", deepspeed="ds_configs/zero3_offload.json"), False, " of 100 GB of RAM"),
     ([], 20 * 10**9, {}, False, "--bits 4")], ids=str)
 def test_a_run_is_compared_with_what_is_free(monkeypatch, capsys, cards, ram, flags, fits, change):
     monkeypatch.chdir(ROOT)

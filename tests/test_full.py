@@ -35,7 +35,7 @@ def test_a_tuned_model_is_one_that_transformers_loads_with_template_and_stop_tok
     assert len(changed) == len(old) - 2  # all but the embedding and the head, whose shapes have grown
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == len(tokenizer) == len(old["lm_head.weight"]) + 2
     assert tokenizer.chat_template and tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
-    assert generate.answer_batch(*generate.load(out), [[{"role": "user", "content": "你好"}]], max_new_tokens=3, temperature=0, top_p=1, top_k=0, repetition_penalty=1.0)
+    assert generate.answer_batch(*generate.load_model(out), [[{"role": "user", "content": "你好"}]], max_new_tokens=3, temperature=0, top_p=1, top_k=0, repetition_penalty=1.0)
 
 
 def test_frozen_layers_keep_their_weights(tune, model_folder):

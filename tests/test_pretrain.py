@@ -109,7 +109,7 @@ def test_a_lora_pretrained_adapter_holds_embedding_and_head_and_loads(pretrain, 
     names = weights(out)
     assert any("embed_tokens" in name for name in names) and any("lora_B" in name and tensor.any() for name, tensor in names.items())
     ids = torch.arange(1000)[None]
-    base, tuned = (generate.load(str(folder), lora, bits=bits)[0] for lora in (None, out))
+    base, tuned = (generate.load_model(str(folder), lora, bits=bits)[0] for lora in (None, out))
     assert (base(ids).logits - tuned(ids).logits).abs().max() > 1e-3
     table = base.get_input_embeddings().weight
     assert (tuned.get_input_embeddings()(ids) - table[ids]).abs().max() > 1e-4
@@ -121,7 +121,7 @@ def test_a_model_from_scratch_has_the_rows_of_its_tokenizer(pretrain, model_fold
     config = json.loads((Path(model_folder) / "config.json").read_text()) | {"vocab_size": 7, "hidden_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
     out = weights(pretrain(config_name=str(tmp_path / "config.json"))["output_dir"])
-    assert out["model.embed_tokens.weight"].shape == (len(generate.load(str(model_folder))[1].tokenizer), 32)
+    assert out["model.embed_tokens.weight"].shape == (len(generate.load_model(str(model_folder))[1].tokenizer), 32)
 
 
 def test_bits_per_character_are_those_of_plain_transformers(pretrain, model_folder):

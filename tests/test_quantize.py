@@ -118,7 +118,7 @@ def test_the_folder_holds_the_format_and_the_model_that_was_evaluated(base, tmp_
     assert shapes == {"qweight": [16, 64], "qzeros": [4, 8], "scales": [4, 64], "g_idx": [128]} and f"{layer}.weight" not in stored
     assert all(tensor.dtype in (torch.float16, torch.int32) for tensor in stored.values())
     assert said["bytes"] < 0.75 * said["bytes_before"] and {file.name for file in base.iterdir()} <= {file.name for file in (tmp_path / "q").iterdir()}
-    model, chat = generate.load(str(tmp_path / "q"))
+    model, chat = generate.load_model(str(tmp_path / "q"))
     assert not hasattr(model.config, "quantization_config")
     total = count = 0
     for record in read_records(CONVERSATIONS):  # the evaluation's perplexity, from the folder, one dialogue at a time
@@ -138,7 +138,7 @@ def test_it_answers_after_it_was_quantized_to_8_bits_as_before(base, tokenizer, 
     ids = torch.tensor([tokenizer("羊驼是什么动物？").input_ids])
     with torch.no_grad():
         before = AutoModelForCausalLM.from_pretrained(model)(ids).logits
-        after = generate.load(str(tmp_path / "q"))[0](ids).logits
+        after = generate.load_model(str(tmp_path / "q"))[0](ids).logits
     assert (before - after).abs().mean() < 0.03 * before.std()
 
 
@@ -154,14 +154,13 @@ def test_a_model_of_shards_in_bf16_gives_the_same_as_one_file(base, tmp_path, mo
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert load_file(tmp_path / "one-q" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(*(generate.load(str(tmp_path / f"{name}-q"))[0](ids).logits for name in ("one", "many")))
+    assert torch.equal(*(generate.load_model(str(tmp_path / f"{name}-q"))[0](ids).logits for name in ("one", "many")))
 
 
-def test_a_pickle_is_quantized_as_a_safetensors_file_is(base, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.tie_weights()
+def test_a_pickle_is_quantized_as_a_safetensors_file_is(tokenizer, tmp_path):
+    base = make_model(tmp_path / "base", tokenizer, tie_word_embeddings=True, **SIZES)
     shutil.copytree(base, tmp_path / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    torch.save(load_file(base / "model.safetensors"), tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(BadInput, match="--allow_pickle True"):
         run(model_name_or_path=str(tmp_path / "pickle"), output_dir=str(tmp_path / "p"))
     run(model_name_or_path=str(tmp_path / "pickle"), output_dir=str(tmp_path / "p"), allow_pickle=True)
@@ -210,7 +209,7 @@ def test_bloom_is_quantized(tokenizer, tmp_path, capsys):  # YaYi-7B
     assert abs(perplexity["gptq"] / perplexity["original"] - 1) < 0.05
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        before, after = AutoModelForCausalLM.from_pretrained(tmp_path / "bloom")(ids).logits, generate.load(str(tmp_path / "q"))[0](ids).logits
+        before, after = AutoModelForCausalLM.from_pretrained(tmp_path / "bloom")(ids).logits, generate.load_model(str(tmp_path / "q"))[0](ids).logits
     assert (before - after).abs().mean() < 0.03 * before.std()
 
 
@@ -259,11 +258,11 @@ def test_the_quantized_folder_is_refused_where_a_16_bit_one_belongs(base, tmp_pa
     run(model_name_or_path=str(base), output_dir=str(tmp_path / "q"))
     command = [sys.executable, "finetune_lora.py", "--model_name_or_path", str(tmp_path / "q"), "--data_path", CONVERSATIONS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "is quantized, its weights are for generate.py alone" in done.stderr
+    assert done.returncode == 2 and "is quantized, for generate.py alone" in done.stderr
     with pytest.raises(BadInput, match="is quantized"):
         run(model_name_or_path=str(tmp_path / "q"), output_dir=str(tmp_path / "again"))
     with pytest.raises(BadInput, match="quantized already, to 4 bits"):
-        generate.load(str(tmp_path / "q"), bits=8)
+        generate.load_model(str(tmp_path / "q"), bits=8)
 
 
 def test_a_quantized_folder_that_is_not_whole_is_refused(base, tmp_path):
@@ -271,4 +270,4 @@ def test_a_quantized_folder_that_is_not_whole_is_refused(base, tmp_path):
     file = tmp_path / "q" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(BadInput, match="cut off"):
-        generate.load(str(tmp_path / "q"))
+        generate.load_model(str(tmp_path / "q"))

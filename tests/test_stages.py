@@ -319,7 +319,7 @@ def test_the_dump_is_what_is_trained_in_file_order(model_folder, tmp_path, capsy
     inspect_labels.main(**flags, record=5, dump=str(tmp_path / "dump.jsonl"), html=str(tmp_path / "record.html"))
     dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
     chat = Chat(generate.load_model(str(model_folder))[1].tokenizer, "alpaca")
-    assert dumped == list(tokenize_records(DATA, chat, 128)) and [d["record"] for d in dumped] == sorted(d["record"] for d in dumped)
+    assert dumped == list(tokenize_records(DATA, chat, 128)[0].remove_columns("length")) and [d["record"] for d in dumped] == sorted(d["record"] for d in dumped)
     out = capsys.readouterr().out
     assert "«听到这个消息我也替你可惜。" in out and "10 records" in out and "█" in out
     assert '<span class="trained"' in (tmp_path / "record.html").read_text()
@@ -329,8 +329,8 @@ def test_the_dump_is_what_is_trained_in_file_order(model_folder, tmp_path, capsy
 
 def test_the_audit_finds_what_is_wrong(model_folder, tmp_path, capsys):
     path = write(tmp_path, *[{"instruction": "问", "output": "答"}] * 3, {"instruction": "问", "output": "长" * 300}, {"instruction": "问\ufffd", "output": "the snow print or return", "x": 1},
-                 *[{"instruction": "Q", "output": f"{word} A"} for word in ("the", "a", "print", "of")])
-    inspect_labels.main(model_name_or_path=str(model_folder), data_path=path, template="llama2_chinese", max_length=128)
+                 *[{"instruction": "Q " + word[0], "output": word[1:] + " A"} for word in ("the", "and", "print", "of")])
+    inspect_labels.main(model_name_or_path=str(model_folder), data_path=path, template="plain", max_length=128)
     out = capsys.readouterr().out
     for line in ("1 x answers without a stop token", "3 x examples that stand more than once", "1 answers and", "1 x U+FFFD", "1 x unknown column 'x'", "places where a merge"):
         assert line in out, line

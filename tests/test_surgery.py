@@ -413,7 +413,7 @@ def test_sums_are_in_fp32_and_rounded_once_into_the_type_of_the_base(dtype, tmp_
 
 
 def answer(model_name_or_path, lora_path=None) -> list[str]:
-    model, chat = generate.load(str(model_name_or_path), str(lora_path) if lora_path else None)
+    model, chat = generate.load_model(str(model_name_or_path), str(lora_path) if lora_path else None)
     settings = dict(max_new_tokens=12, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
     return generate.answer_batch(model, chat, [[{"role": "user", "content": text}] for text in ("你好", "雪线围巾多少钱？")], **settings)
 
@@ -425,7 +425,7 @@ def test_a_tuned_adapter_with_new_tokens_is_merged_with_tokenizer_template_and_s
     finetune_lora.main(model_name_or_path=str(base), data_path=str(ROOT / "sample" / "conversation.json"), output_dir=str(tmp_path / "adapter"), template="yayi", bits=bits,
                        max_length=256, gradient_accumulation_steps=1, num_train_epochs=2, learning_rate=1e-2, gradient_checkpointing=False)
     weights = merge(base, tmp_path / "adapter", tmp_path / "out")
-    model, chat = generate.load(str(tmp_path / "out"))
+    model, chat = generate.load_model(str(tmp_path / "out"))
     assert len(weights["model.embed_tokens.weight"]) == model.config.vocab_size == len(chat.tokenizer) == len(tokenizer) + 4
     assert chat.tokenizer.convert_tokens_to_ids("<|End|>") in chat.stop_ids and "<|YaYi|>" in chat.jinja
     assert model.generation_config.eos_token_id == chat.stop_ids
@@ -449,7 +449,7 @@ def test_tokens_that_were_added_and_not_trained_start_as_the_mean_as_generate_ha
     weights = merge(base, tmp_path / "adapter", tmp_path / "out")
     assert len(weights["lm_head.weight"]) == len(tokenizer) + 2
     assert not {"chat_template.jinja", "added_tokens.json"} & {file.name for file in (tmp_path / "out").iterdir()}  # the tokenizer is the adapter's, whole
-    model, _ = generate.load(str(base), str(tmp_path / "adapter"))
+    model, _ = generate.load_model(str(base), str(tmp_path / "adapter"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([[5, len(tokenizer), 7, len(tokenizer) + 1, 9]])
     with torch.no_grad():

@@ -144,7 +144,7 @@ def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp
     write_facts(str(tmp_path), facts)
     check_output_dir(str(tmp_path), resume=False)  # nothing is lost: it failed before its first checkpoint
     assert resume_point(str(tmp_path), facts | {"seed": 2}) is None
-    checkpoint(tmp_path, 9, "{}", "rng_state.pth")
+    checkpoint(tmp_path, 9, "{}", "rng_state.pth", "optimizer.pt", "scheduler.pt")
     with pytest.raises(BadInput, match="holds another run"):
         check_output_dir(str(tmp_path), resume=False)
     for other, reason in (({"seed": 2}, "was begun with seed = 1, now it is 2"), ({"world_size": 2}, "world_size = 1, now it is 2")):
@@ -155,14 +155,14 @@ def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp
 
 def checkpoint(folder, step, state, *files):
     (folder / f"checkpoint-{step}").mkdir()
-    for name, text in (("trainer_state.json", state), *((name, "") for name in files)):
+    for name, text in (("trainer_state.json", state), *((name, "x") for name in files)):
         if text is not None:
             (folder / f"checkpoint-{step}" / name).write_text(text)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path, capsys, ranks):
-    states = ["rng_state.pth"] if ranks == 1 else ["rng_state_0.pth", "rng_state_1.pth"]
+    states = ["optimizer.pt", "scheduler.pt"] + (["rng_state.pth"] if ranks == 1 else ["rng_state_0.pth", "rng_state_1.pth"])
     checkpoint(tmp_path, "best", "{}", *states)
     checkpoint(tmp_path, 9, "{}", *states)
     assert Path(resume_point(str(tmp_path), {"world_size": ranks})).name == "checkpoint-9" and not capsys.readouterr().err
