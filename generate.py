@@ -21,9 +21,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from utils import (BadInput, Chat, check_adapter, check_file, check_model, check_positive, clean_messages, cli, fingerprint, read_json,
+from utils import (BadInput, Chat, check_adapter, check_file, check_model, clean_messages, cli, fingerprint, read_json,
                    read_rows, row_turns)
 
+RANGES = dict(max_new_tokens=(1, 2**31 - 1), temperature=(0, 100), top_p=(1e-6, 1), top_k=(0, 2**31 - 1), repetition_penalty=(0.01, 100),
+              seed=(0, 2**32 - 1), per_device_eval_batch_size=(1, 2**31 - 1))  # beyond, torch fails, or the answer is nonsense
+ANSWER = re.compile(rb'"(?:[^"\\]|\\.)*+"}')  # how a whole line of output_file ends: with a string of JSON
 
 def main(
     *,
@@ -74,24 +77,24 @@ def main(
         seed: Of everything random.
     """
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings)
+    numbers = settings | dict(seed=seed, per_device_eval_batch_size=per_device_eval_batch_size)
+    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, numbers)
     if len(adapters) > 1:
         raise BadInput(f"--lora_path={lora_path}: several adapters are for webui.py; here give one")
     check_file("input_file", input_file)
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
-    check_positive(per_device_eval_batch_size=per_device_eval_batch_size)
     check_text("--prompt", prompt)
     check_text("--system", system)
     start = [{"role": "system", "content": system}] if system else []
-    facts = settings | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system, seed=seed,
-                            per_device_eval_batch_size=per_device_eval_batch_size)
+    facts = numbers | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system)
     asked, lines = read_file(input_file, output_file, start, facts) if input_file else ([], [])
     if input_file and len(lines) == len(asked):
         return print(f"all {len(asked)} records are answered in {output_file} already", file=sys.stderr)
 
     # ---- load ----
     import torch
+    from tqdm import tqdm
     from transformers import AutoConfig
 
     adapter = adapters[0] if adapters else None
@@ -108,7 +111,16 @@ def main(
 
     # ---- answer ----
     if input_file:
-        answer_file(model, chat, asked, lines, output_file, per_device_eval_batch_size, seed, settings)
+        batch_size = per_device_eval_batch_size
+        begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
+        with open(output_file, "rb+" if lines else "wb") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[:begin]))
+            file.seek(0, os.SEEK_END)
+            for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
+                torch.manual_seed(seed + first)  # each batch has its own, so that a run that goes on gives the answers of an unbroken one
+                answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
+                file.writelines(begun + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, begun), answer in zip(asked[first:], answers))
+                file.flush()
     elif prompt is not None:
         for piece in stream(model, chat, question, **settings):
             print(piece, end="", flush=True)
@@ -121,12 +133,14 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     """The folders that lora_path names; BadInput if a flag of the model or of sampling cannot be what it is."""
     check_model(model_name_or_path, allow_pickle, quantized=True)
     adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
+    if Path(model_name_or_path).is_dir():
+        read_json(Path(model_name_or_path, "config.json"))
     for folder in adapters:
         check_adapter(folder)
-    check_positive(max_new_tokens=settings["max_new_tokens"], repetition_penalty=settings["repetition_penalty"])
-    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise BadInput(f"--temperature={temperature} --top_k={top_k} --top_p={top_p}: the first two are at least 0, top_p is above 0 and at most 1")
+        check_whole(Path(folder))
+    for name, value in settings.items():
+        if not RANGES[name][0] <= value <= RANGES[name][1]:  # nan is in no range
+            raise BadInput(f"--{name}={value} must be from {RANGES[name][0]} to {RANGES[name][1]}")
     if load_in_8bit and bits == 4:
         raise BadInput("--load_in_8bit True and --bits 4: give one of them")
     return adapters
@@ -163,9 +177,9 @@ def fit(config, chat: Chat, messages: list[dict], max_new_tokens: int) -> list[d
 
 
 def generation_arguments(model, chat: Chat, max_new_tokens, temperature, top_p, top_k, repetition_penalty) -> dict:
-    """What model.generate takes; temperature 0 is greedy."""
+    """What model.generate takes; temperature 0 is greedy, as is one so small that logits divided by it overflow."""
     greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else greedy
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature >= 1e-5 else greedy
     rows = model.get_input_embeddings().weight.shape[0]
     if rows > len(chat.tokenizer):  # padding, or tokens that another adapter added
         sampling["suppress_tokens"] = list(range(len(chat.tokenizer), rows))
@@ -268,8 +282,7 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
     if written and not before or before and before.keys() != facts.keys():
         raise BadInput(f"{output if written else about} is there already, and not from a run of generate.py that can go on: give another --output_file")
     if written and (changed := [name for name in facts if before[name] != facts[name]]):
-        raise BadInput(f"{output_file} was begun with {changed[0]} = {before[changed[0]]}, now it is {facts[changed[0]]}: give the same, or another "
-                       f"--output_file")
+        raise BadInput(f"{output_file} was begun with {changed[0]} = {before[changed[0]]}, now it is {facts[changed[0]]}: give the same, or another file")
     asked = []
     for row in read_rows(input_file, Counter()):
         try:
@@ -281,38 +294,11 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
     *lines, cut = written.split(b"\n")  # what has no line end was cut off
     for number, line in enumerate([*lines, cut] if cut else lines):
         begun = asked[number][1] if number < len(asked) else b"\n"
-        if not line.startswith(begun[: len(line)]) or number < len(lines) and not is_answer(line[len(begun):]):
+        if not line.startswith(begun[: len(line)]) or number < len(lines) and not ANSWER.fullmatch(line, len(begun)):
             raise BadInput(f"{output_file}, line {number + 1} does not answer record {number} of {input_file}: give another --output_file")
     if before != facts:
         about.write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return asked, lines
-
-
-def is_answer(end: bytes) -> bool:
-    """Whether this is what stands behind `"answer": ` in a whole line of output_file: a string, and the end of the object."""
-    try:
-        return end.endswith(b"}") and isinstance(json.loads(end[:-1]), str)
-    except ValueError:
-        return False
-
-
-def answer_file(model, chat: Chat, asked: list[tuple], lines: list[bytes], output_file: str, batch_size: int, seed: int, settings: dict) -> None:
-    """Answer what was asked into output_file, in order, after the lines that are there already.
-
-    Each batch has a seed of its own, so that a run that goes on gives the answers of an unbroken one.
-    """
-    import torch
-    from tqdm import tqdm
-
-    begin = len(lines) // batch_size * batch_size  # a batch that was cut off is answered again
-    with open(output_file, "rb+" if lines else "wb") as file:
-        file.truncate(sum(len(line) + 1 for line in lines[:begin]))
-        file.seek(0, os.SEEK_END)
-        for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
-            torch.manual_seed(seed + first)
-            answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
-            file.writelines(line + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, line), answer in zip(asked[first:], answers))
-            file.flush()
 
 
 # ---- a person ----
@@ -459,6 +445,20 @@ def dequantized_state(folder: str, settings: dict, dtype) -> dict:
 
 
 # ==== adapter ====
+def check_whole(folder: Path) -> None:
+    """BadInput if a file of an adapter is cut off or a pointer of Git LFS, which is found without torch, and before the base is read."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in {"adapter_config.json", "yangtuo.json"} & set(os.listdir(folder)):
+        read_json(folder / name)
+    try:
+        safe_open(folder / "adapter_model.safetensors", "np")  # compares its size with what its header says
+    except FileNotFoundError:  # it may be a pickle: load_adapter's matter
+        pass
+    except (OSError, SafetensorError) as problem:
+        raise BadInput(f"{folder}: adapter_model.safetensors is cut off, damaged or a pointer of Git LFS, copy it again ({problem})") from None
+
+
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
     """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
     import torch
@@ -472,21 +472,21 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
         if not pickles or not allow_pickle:
             but = f" but a pickle, {pickles[0].name}, which can run code when it is loaded: if you trust it, --allow_pickle True converts it" if pickles else ""
             raise BadInput(f"{lora_path} holds no adapter_model.safetensors{but}")
-        weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
-        save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
-        print(f"converted {pickles[0]} to {file}", file=sys.stderr)
-    about = folder / "yangtuo.json"
-    base = json.loads(about.read_text("utf-8")).get("base_fingerprint") if about.is_file() else None
+    base = read_json(folder / "yangtuo.json").get("base_fingerprint") if (folder / "yangtuo.json").is_file() else None
     if base and base != (found := fingerprint(model_name_or_path)):
-        raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {base[:12]}, this one has {str(found)[:12]})")
+        raise BadInput(f"{lora_path} was trained on another base than {model_name_or_path} (fingerprint {str(base)[:12]}, this one has {str(found)[:12]})")
     try:
+        if not file.is_file():
+            weights = torch.load(pickles[0], map_location="cpu", weights_only=True)
+            save_file({key.replace(".default.", "."): tensor.contiguous() for key, tensor in weights.items() if "lora_" in key}, file)
+            print(f"converted {pickles[0]} to {file}", file=sys.stderr)
         given = set(load_file(file))
         if hasattr(model, "peft_config"):
             model.load_adapter(folder, adapter_name=name)
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-    except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors its own
-        raise BadInput(f"{lora_path} does not fit {model_name_or_path}, was it trained on another base? {str(problem).strip().splitlines()[0][:300]}") from None
+    except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors and pickle their own
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}: of another base, or cut off? {str(problem).strip().splitlines()[0][:200]}") from None
     if missing := set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)) - given:
         raise BadInput(f"{lora_path} lacks {len(missing)} tensors, {min(missing)} for one")
     return model

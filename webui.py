@@ -114,7 +114,7 @@ def main(
         seed: Of everything random.
     """
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings)
+    adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, settings | {"seed": seed})
     check_text("--system", system)
     check_page(server_name, server_port, auth, share)
 

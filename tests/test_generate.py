@@ -13,6 +13,7 @@ from test_records import write
 
 import finetune_lora
 import generate
+import webui
 from utils import TEMPLATES, BadInput, Chat
 
 DATA = str(ROOT / "sample" / "conversation.json")
@@ -56,7 +57,10 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
 
 
 @pytest.mark.parametrize("flags, reason", [
-    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p is above 0"), ({"max_new_tokens": 0}, "above zero"), ({"prompt": "a\udcff"}, "--prompt is not UTF-8"), ({"system": "\ud83d"}, "--system is not UTF-8"),
+    ({"lora_path": "a,b"}, "a does not exist"), ({"input_file": "sample/ziya.jsonl"}, "go together"), ({"top_p": 0.0}, "top_p=0.0 must be from"), ({"max_new_tokens": 0}, "must be from 1 to"),
+    ({"repetition_penalty": float("nan")}, "penalty=nan must be from"), ({"temperature": float("nan")}, "must be from 0"), ({"temperature": -0.1}, "must be from 0"),
+    ({"seed": 10**23}, "from 0 to 4294967295"), ({"seed": -1}, "from 0 to"), ({"per_device_eval_batch_size": 0}, "must be from 1 to"),
+    ({"prompt": "a\udcff"}, "--prompt is not UTF-8"), ({"system": "\ud83d"}, "--system is not UTF-8"),
     ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "bf16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
     ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist"), ({"input_file": "sample/ziya.jsonl", "output_file": "tests"}, "is a folder")], ids=str)
 def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reason):
@@ -92,6 +96,26 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path, bytelevel_fold
         generate.load_model(str(model_folder), adapter)
 
 
+@pytest.mark.parametrize("name, content", [("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ("adapter_model.safetensors", None),
+                                           ("adapter_config.json", b"[]"), ("adapter_config.json", b"{"), ("yangtuo.json", b"version"), ("yangtuo.json", b"null")], ids=str)
+def test_an_adapter_with_a_broken_file_is_named_before_torch(adapter, model_folder, monkeypatch, name, content):
+    (adapter / name).write_bytes((adapter / name).read_bytes()[:-9] if content is None else content)
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it would raise ImportError
+    for module in (generate, webui):
+        with pytest.raises(BadInput, match=name) as refusal:
+            module.main(model_name_or_path=str(model_folder), lora_path=str(adapter))
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_config_that_is_no_object_is_named_before_torch(model_folder, tmp_path, monkeypatch, content):
+    shutil.copytree(model_folder, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(content)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BadInput, match="config.json"):
+        generate.main(model_name_or_path=str(tmp_path / "base"))
+
+
 def test_old_pickled_adapters_load_when_allowed_and_are_converted(adapter, model_folder):
     saved = weights(adapter)
     torch.save(saved, adapter / "pytorch_model.bin")
@@ -100,6 +124,10 @@ def test_old_pickled_adapters_load_when_allowed_and_are_converted(adapter, model
         generate.load_model(str(model_folder), str(adapter))
     generate.load_model(str(model_folder), str(adapter), allow_pickle=True)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in weights(adapter).items()) and len(weights(adapter)) == len(saved)
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BadInput, match="or cut off"):
+        generate.load_model(str(model_folder), str(adapter), allow_pickle=True)
 
 
 # ---- generation ----
@@ -132,6 +160,12 @@ def test_what_is_shown_is_what_was_trained(tokenizer, template):
         assert trained and "".join(pieces) == answer, (answer, ids)
     halves = chat.tokenizer("龘", add_special_tokens=False).input_ids[:-1]
     assert "\ufffd" not in "".join(generate.text_of(chat, halves))
+
+
+def test_a_temperature_that_is_nearly_zero_is_zero(talker):
+    model, chat, _ = talker
+    asked = [[{"role": "user", "content": "随便说"}]]
+    assert all(generate.answer_batch(model, chat, asked, **SETTINGS | {"temperature": small}) == generate.answer_batch(model, chat, asked, **SETTINGS) for small in (1e-320, 1e-6))
 
 
 def test_batched_answers_are_those_of_one_at_a_time(talker):
