@@ -133,8 +133,6 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     """The folders that lora_path names; BadInput if a flag of the model or of sampling cannot be what it is."""
     check_model(model_name_or_path, allow_pickle, quantized=True)
     adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
-    if Path(model_name_or_path).is_dir():
-        read_json(Path(model_name_or_path, "config.json"))
     for folder in adapters:
         check_adapter(folder)
         check_whole(Path(folder))
