@@ -460,7 +460,7 @@ def layer_bytes(shapes: Shapes, run: Run, adapted: list[Linear], computed: int, 
     attended = next(linear.d_in for linear in shapes.linears if linear.source == "attention")
     kept += computed * (queries_keys_values + attended) + 4 * shapes.heads  # and the logarithms of the sums
     kept += computed * shapes.inner * (2 if shapes.kind == "bloom" else 3)  # the inner layer, its activation, and what gates it
-    return kept + held, held, stream * width + computed * shapes.inner * (1 if dropped else 2)
+    return kept + held, held, stream * width + computed * (shapes.inner + 2 * width * (run.bits == 16) if dropped else 2 * shapes.inner)
 
 
 def read_zero(path: str | None) -> dict | None:
