@@ -91,8 +91,9 @@ def test_every_command_works(calls, command, monkeypatch, capfd, tmp_path):
         elif words[:1] not in (["scripts/default_model.py"], ["-"]) and words[:2] != ["-m", "pip"]:  # of quickstart.sh and chinese_base.sh
             try:
                 check_flags(words, monkeypatch)
-            except SystemExit:
-                pytest.fail(capfd.readouterr().err)
+            except SystemExit as ended:
+                if ended.code != 3:  # the estimate's verdict that this machine is too small
+                    pytest.fail(capfd.readouterr().err)
 
 
 def test_every_stage_stands_in_the_table():
