@@ -280,8 +280,8 @@ class Weights:
         stem: The folder holds stem.safetensors, or shards with an index; or, with allow_pickle, one of the pickles.
     """
 
-    def __init__(self, folder: Path, stem: str = "model", allow_pickle: bool = False, pickles: tuple[str, ...] = ("pytorch_model.bin",)):
-        self.folder, self.tensors, self.paths = folder, {}, {}
+    def __init__(self, folder: Path, stem: str = "model", allow_pickle: bool = False):
+        self.folder, self.tensors, self.paths, pickles = folder, {}, {}, (f"{stem}.bin", "pytorch_model.bin")
         candidates = [name for file in (f"{stem}.safetensors", *pickles * allow_pickle) for name in (file, f"{file}.index.json")]
         found = next((name for name in candidates if (self.folder / name).is_file()), None)
         if found is None:

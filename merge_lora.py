@@ -125,7 +125,7 @@ def read_adapter(folder: Path, base: Path, allow_pickle: bool) -> dict:
     if trained_on and given and trained_on != given:
         raise BadInput(f"{folder} was trained on another base than {base} (fingerprint {trained_on[:12]}, this one has {given[:12]}); "
                        f"if that was the result of an earlier merge, give it as the base")
-    weights = Weights(folder, "adapter_model", allow_pickle, ("adapter_model.bin", "pytorch_model.bin"))
+    weights = Weights(folder, "adapter_model", allow_pickle)
     state = {re.sub(r"\.(default|modules_to_save)(?=\.|$)", "", key): weights.read(key).float() for key in weights.tensors if ".original_module." not in key}
     # of a LoRA these begin at zero; whatever else there is, as rows and whole layers, was trained; tables may be saved as they were
     begun = [key for key in state if not re.search("lora_A|lora_embedding_B|lora_magnitude", key) and not is_table(key)]
@@ -353,8 +353,8 @@ class Weights:
         stem: The folder holds stem.safetensors, or shards with an index; or, with allow_pickle, one of the pickles.
     """
 
-    def __init__(self, folder: Path, stem: str = "model", allow_pickle: bool = False, pickles: tuple[str, ...] = ("pytorch_model.bin",)):
-        self.folder, self.tensors, self.paths = folder, {}, {}
+    def __init__(self, folder: Path, stem: str = "model", allow_pickle: bool = False):
+        self.folder, self.tensors, self.paths, pickles = folder, {}, {}, (f"{stem}.bin", "pytorch_model.bin")
         candidates = [name for file in (f"{stem}.safetensors", *pickles * allow_pickle) for name in (file, f"{file}.index.json")]
         found = next((name for name in candidates if (self.folder / name).is_file()), None)
         if found is None:
