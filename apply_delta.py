@@ -65,9 +65,9 @@ def main(
     show(flags)
 
     # ---- load ----
-    old, given = open_model(local_folder(base, allow_pickle), allow_pickle), local_folder(source, allow_pickle)
+    old, given = Weights(local_folder(base, allow_pickle), allow_pickle=allow_pickle), local_folder(source, allow_pickle)
     exact, hashes = not make and (given / "delta.json").is_file(), {}
-    new, facts = open_delta(given) if exact else (open_model(given, allow_pickle), {})
+    new, facts = open_delta(given) if exact else (Weights(given, allow_pickle=allow_pickle), {})
     if exact:
         check_base(old, facts["base"])
         work = partial(restore_tensor, old, new, facts)
@@ -252,23 +252,20 @@ BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of
 
 
 def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
-    """A folder as it is given, or that of a name on the hub, fetched if need be."""
-    if os.path.isdir(model_name_or_path):
-        return Path(model_name_or_path)
-    from huggingface_hub import snapshot_download
+    """The folder of a model or a delta, fetched if it is a name on the hub; BadInput if a model is not whole, or quantized."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{ending}" for ending in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
-    except (OSError, ValueError) as problem:
-        raise BadInput(f"{model_name_or_path} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
-
-
-def open_model(folder: Path, allow_pickle: bool = False) -> "Weights":
-    """The weights of a model folder; BadInput if it is not whole, or quantized."""
-    check_model(str(folder), allow_pickle)
-    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
-        raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
-    return Weights(folder, "model", allow_pickle)
+        try:
+            folder = Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{end}" for end in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
+        except (OSError, ValueError) as problem:
+            raise BadInput(f"{folder} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+    if not (folder / "delta.json").is_file():
+        check_model(str(folder), allow_pickle)
+        if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+            raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
+    return folder
 
 
 def files_beside(folder: Path) -> dict[str, Path]:
@@ -277,16 +274,14 @@ def files_beside(folder: Path) -> dict[str, Path]:
 
 
 class Weights:
-    """The tensors in a folder, each read from its file when it is asked for.
-
-    `tensors` has the type and shape of each, as a tensor on torch's meta device, in the order of the files.
+    """The tensors in a folder, each read when it is asked for. `tensors` has type and shape of each, as a tensor on torch's meta device.
 
     Args:
         stem: The folder holds stem.safetensors, or shards with an index; or, with allow_pickle, one of the pickles.
     """
 
-    def __init__(self, folder: Path | str, stem: str = "model", allow_pickle: bool = False, pickles: tuple[str, ...] = ("pytorch_model.bin",)):
-        self.folder, self.tensors, self.paths = Path(folder), {}, {}
+    def __init__(self, folder: Path, stem: str = "model", allow_pickle: bool = False):
+        self.folder, self.tensors, self.paths, pickles = folder, {}, {}, (f"{stem}.bin", "pytorch_model.bin")
         candidates = [name for file in (f"{stem}.safetensors", *pickles * allow_pickle) for name in (file, f"{file}.index.json")]
         found = next((name for name in candidates if (self.folder / name).is_file()), None)
         if found is None:
@@ -294,21 +289,19 @@ class Weights:
             why = f" but a pickle, {waiting}, which can run code when it is loaded: if you trust it, add --allow_pickle True" if waiting else ""
             raise BadInput(f"{folder} holds no {stem}.safetensors{why}")
         mapped = json.loads((self.folder / found).read_text("utf-8"))["weight_map"] if found.endswith(".json") else {}
-        for file in sorted(set(mapped.values())) or [found]:
-            if not (path := self.folder / file).is_file():
-                raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
+        for path in [self.folder / file for file in sorted(set(mapped.values())) or [found]]:
             try:
                 names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
-                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
+                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is missing, cut off or damaged, "
                                f"or only points to the real one (git-lfs). Download it again") from None
             self.paths.update(dict.fromkeys(names, path))
         if missing := mapped.keys() - self.tensors.keys():
             raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
 
     def read(self, name: str, rows: slice | None = None):
-        """A tensor, or some of its rows, that may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        """A tensor, or some of its rows, that may be changed; mapped anew, since pages that were read count as memory as long as a mapping lives."""
         _, get, get_slice = self._open(self.paths[name])
         return get(name) if rows is None else get_slice(name)[rows]
 
@@ -343,8 +336,8 @@ def write_shards(folder: Path, tensors, stem: str = "model") -> None:
     for number, file in enumerate(files):
         (folder / f"{number}.part").rename(folder / file)
     if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, parts) for name in names}
-        index = {"metadata": {"total_size": sum((folder / file).stat().st_size for file in files)}, "weight_map": weight_map}
+        size = sum((folder / file).stat().st_size for file in files)
+        index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
     if {name: (tensor.dtype, tensor.shape) for name, tensor in Weights(folder, stem).tensors.items()} != wanted:
         raise RunStopped("the weights were written, but read back with other tensors: is the disk failing?")

@@ -9,8 +9,7 @@ Writes  output_dir/, the base with the longer vocabulary. Next: pretrain_clm.py,
     python extend_vocab.py --model_name_or_path M --pieces chinese_sp.model  # pieces that are there already
 
 Every new piece holds a Chinese character, or begins one, so English and code keep their ids. Weights go from file to
-file: only embedding and head, 0.26 GB each in a 7B model, are ever in memory. Measured on two CPU cores in November 2026,
-with 20,000 pieces from 33 MB of text (benchmarks/vocab.py):
+file, a few tensors at a time. Measured on two CPU cores in November 2026, with 20,000 pieces from 33 MB of text (benchmarks/vocab.py):
 
 | base                              | time    | memory at most | tokens for held-out Chinese |
 |-----------------------------------|---------|----------------|-----------------------------|
@@ -37,14 +36,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, cli, read_json, read_rows, read_text, show
+from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, check_positive, cli, document_files, read_lines, read_rows, read_text, show
 
 # Radicals, punctuation, kana, Han characters; compatibility and full-width forms; the rare characters of planes 2 and 3
 CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
-RUN = re.compile(f" ?[{CHINESE.pattern[1:-1]}·—‘’“”…]+")  # what pieces are learned from; the blank before may belong to them
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # spells a text with a letter for each byte
+RUN = re.compile(f" ?[{CHINESE.pattern[1:-1]}·—‘’“”…]+")  # what pieces are learned from; the blank before may belong to them
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")  # how the names of these tables end
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def main(
@@ -87,29 +91,24 @@ def main(
     """
     flags, started = dict(locals()), time.perf_counter()
     check_file("pieces", pieces)
+    for flag, path in (("corpus_path", corpus_path), ("eval_path", eval_path)):
+        document_files(path) if os.path.isdir(path or "") else check_file(flag, path)
     check_model(model_name_or_path, allow_pickle)
     check_output_dir(output_dir)
     if not corpus_path and not pieces:
         raise BadInput("give --corpus_path to learn pieces from, or the --pieces to add")
-    if min(num_pieces, max_corpus_mb, pad_to_multiple_of) <= 0 or not 0.98 <= character_coverage <= 1:
-        raise BadInput("--num_pieces, --max_corpus_mb and --pad_to_multiple_of must be above 0, --character_coverage between 0.98 and 1")
-    for path in filter(None, (corpus_path, eval_path)):
-        corpus_files(path)  # are they there?
+    check_positive(num_pieces=num_pieces, max_corpus_mb=max_corpus_mb, pad_to_multiple_of=pad_to_multiple_of)
+    if not 0.98 <= character_coverage <= 1:
+        raise BadInput(f"--character_coverage={character_coverage} must be between 0.98 and 1")
     wanted = read_pieces(pieces) if pieces else []
     show(flags)
 
     # ---- load ----
-    import torch  # these imports take seconds: they wait until the flags are understood
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = local_folder(model_name_or_path, allow_pickle)
-    with torch.device("meta"):  # names and shapes alone
-        skeleton = AutoModelForCausalLM.from_config(load(AutoConfig, str(folder)))
-    tokenizer = load_base_tokenizer(folder)
+    base, tokenizer = Weights(folder, allow_pickle=allow_pickle), load_base_tokenizer(folder)
     vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     old_tokens, model_file = vocabulary.next_id, folder / "tokenizer.model"
-    base = open_model(folder, allow_pickle)
-    matrices = find_matrices(base, skeleton, old_tokens)
+    tables, old_rows = find_tables(base, old_tokens)
     texts, runs = read_corpus(corpus_path, max_corpus_mb, seed) if corpus_path else ({}, Counter())
     texts = read_corpus(eval_path, max_corpus_mb, seed, held_out=1)[0] if eval_path else texts
 
@@ -129,13 +128,14 @@ def main(
     figures = report(vocabulary, extended, was, texts, merged)
 
     # ---- save ----
-    rows = -(-max(vocabulary.next_id, skeleton.config.vocab_size) // pad_to_multiple_of) * pad_to_multiple_of
-    config = read_json(folder / "config.json") | {"vocab_size": rows}
+    rows = -(-max(vocabulary.next_id, old_rows) // pad_to_multiple_of) * pad_to_multiple_of
+    config = json.loads((folder / "config.json").read_text("utf-8")) | {"vocab_size": rows}
     if "<pad>" in vocabulary.vocab and tokenizer.pad_token is None:
         tokenizer.pad_token, config["pad_token_id"] = "<pad>", vocabulary.vocab["<pad>"]
-    size = sum(tensor.nbytes // tensor.shape[0] * rows if name in matrices else tensor.nbytes for name, tensor in base.tensors.items())
-    with unfinished_folder(Path(output_dir).resolve(), size, "output_dir") as unfinished:
-        write_shards(unfinished, ((name, grow(base.read(name), old_tokens, rows, was, init) if name in matrices else base.read(name)) for name in base.tensors))
+    size = sum(tensor.nbytes * (rows if name in tables else old_rows) // old_rows for name, tensor in base.tensors.items())
+    with unfinished_folder(Path(output_dir), size, "output_dir") as unfinished:
+        grown = lambda name: longer_table(base.read(name), rows, old_tokens, was if init == "mean_of_pieces" else [])
+        write_shards(unfinished, ((name, grown(name) if name in tables else base.read(name)) for name in base.tensors))
         left = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "model", "pytorch_model", ".")  # written anew, or not at all
         for file in folder.iterdir():
             if file.is_file() and file.suffix in (".json", ".jinja", ".md", ".txt", ".py", "") and not file.name.startswith(left):
@@ -145,174 +145,46 @@ def main(
         extended.save(str(unfinished / "tokenizer.json"))
         if merged:
             (unfinished / model_file.name).write_bytes(merged)
-        check_result(unfinished, tokenizer, extended, texts)
+        result, lines = load_base_tokenizer(unfinished), [line for kind in texts.values() for line in kind[:500]]
+        if encode_lines(result.backend_tokenizer, lines) != encode_lines(extended, lines) or result("a").input_ids != tokenizer("a").input_ids:
+            raise RunStopped("the tokenizer was written, but reads back with other ids")
     print(json.dumps(figures | {"vocab_size": rows, "seconds": round(time.perf_counter() - started, 1),
                                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "output_dir": output_dir}, ensure_ascii=False))
 
 
-def report(vocabulary: "Vocabulary", extended, was: list[list[int]], texts: dict[str, list[str]], merged: bytes | None) -> dict:
-    """Print what the new pieces do for text that they were not learned from; the figures for the last line."""
-    import argparse
-    import inspect
-    from pydoc_data.topics import topics
-
-    import sentencepiece
-
-    latin = {"English (Python's manual)": "\n".join(topics.values())[:200_000].split("\n"), "code (argparse)": inspect.getsource(argparse).split("\n")}
-    figures, used, tokens, same = {}, Counter(), Counter(), []
-    print("characters   per token: before   after   fewer tokens", file=sys.stderr)
-    for kind, lines in (texts | latin).items():
-        old, new = encode_lines(vocabulary.base, lines), encode_lines(extended, lines)
-        characters, before, after = sum(map(len, lines)), sum(map(len, old)), sum(map(len, new))
-        print(f"{characters:>10,}{characters / before:>20.2f}{characters / after:>8.2f}{before / after:>13.2f} x   {kind}", file=sys.stderr)
-        figures[kind] = [round(characters / before, 3), round(characters / after, 3)]
-        if kind in latin:
-            same += [a == b for a, b in zip(old, new)]
-        else:
-            tokens.update(before=before, after=after)
-            used.update(i for ids in new for i in ids)
-    kept = sum(same) / len(same)
-    print(f"English and code: {kept:.2%} of {len(same):,} lines keep their ids", file=sys.stderr)
-    saved = {piece: used[vocabulary.vocab[piece]] * (len(ids) - 1) for piece, ids in zip(vocabulary.new, was)}
-    count = sum(used[vocabulary.vocab[piece]] > 0 for piece in saved)
-    unreached = [piece for piece in saved if len(extended.model.tokenize(piece)) > 1]
-    best = ", ".join(f"{vocabulary.text(piece)} {saved[piece]:,}" for piece in sorted(saved, key=saved.get, reverse=True)[:10])
-    print(f"of {len(saved):,} new pieces {len(unreached):,} can never come up, {count:,} do in the held-out text"
-          + f"; most tokens are saved there by {best}" * bool(count), file=sys.stderr)
-    agreement = None
-    if merged and texts:
-        # without first blanks: before these sentencepiece puts another, and transformers does not
-        lines = [line.strip() for kind in texts.values() for line in kind]
-        theirs = sentencepiece.SentencePieceProcessor(model_proto=merged).encode(lines)
-        agreement = sum(a == b for a, b in zip(encode_lines(extended, lines), theirs)) / len(lines)
-        print(f"sentencepiece gives the ids of transformers on {agreement:.2%} of the held-out lines", file=sys.stderr)
-    return {"new_pieces": len(saved), "pieces_used": count, "pieces_unreached": len(unreached), "lines_unchanged": round(kept, 5),
-            "sentencepiece_agreement": agreement and round(agreement, 5), "characters_per_token": figures,
-            "times_fewer_tokens": round(tokens["before"] / tokens["after"], 3) if texts else None}
-
-
-def encode_lines(tokenizer, lines: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
-
-
-# ---- weights ----
-def find_matrices(base: "Weights", skeleton, tokens: int) -> list[str]:
-    """The names of embedding and head in the files; BadInput if they are not there, or the tokenizer is of another model."""
-    names = {f"{name}.weight" for name, module in skeleton.named_modules() if module in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())}
-    found, rows = sorted(names & base.tensors.keys()), skeleton.config.vocab_size
-    if not found or (len(found) < len(names) and not skeleton.config.tie_word_embeddings):
-        raise BadInput(f"{base.folder} has no {min(names - set(found))} in its weights: they are not those of its config.json")
-    if any(base.tensors[name].shape[0] != rows for name in found):
-        raise BadInput(f"{base.folder}: {found[0]} has {base.tensors[found[0]].shape[0]:,} rows, config.json says {rows:,}")
-    if not tokens <= rows < tokens + 1024:  # some models have a few hundred rows that no token uses
-        raise BadInput(f"{base.folder}: its tokenizer has {tokens:,} tokens, the model {rows:,} rows, so they do not belong together")
-    return found
-
-
-def grow(old, kept: int, rows: int, was: list[list[int]], init: str):
-    """A matrix (n, D) with `rows` rows: the first `kept` as they are, below them one for each new piece, and the mean of all for the rest.
-
-    A padding row of zeros has the logit 0, which can be the highest. The mean row's logit is the mean of all logits: never
-    above the highest, and its probability, by the inequality of the means, never above 1 / kept.
-    """
-    import torch
-
-    old = old[:kept]
-    mean = sum(part.sum(0, dtype=torch.float64) for part in old.split(1024)) / kept
-    new = mean.to(old.dtype).repeat(rows - kept, 1)  # (rows - kept, D)
-    if init == "mean_of_pieces":
-        for row, ids in zip(new, was):
-            row.copy_(old[ids].float().mean(0))
-    return torch.cat([old, new])
-
-
-def check_result(unfinished: Path, tokenizer, extended, texts: dict[str, list[str]]) -> None:
-    """Read the tokenizer back: it gives the ids that it gave before it was saved."""
-    from transformers import AutoTokenizer
-
-    result, lines = load(AutoTokenizer, str(unfinished)), [line for kind in texts.values() for line in kind[:500]]
-    if encode_lines(result.backend_tokenizer, lines) != encode_lines(extended, lines) or result("a").input_ids != tokenizer("a").input_ids:
-        raise RunStopped("the tokenizer was written, but reads back with other ids")
-
-
-def load(auto_class, name: str, **arguments):
-    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
-    try:
-        loaded = auto_class.from_pretrained(name, **arguments)
-    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
-    if arguments.get("output_loading_info"):
-        loaded, found = loaded
-        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
-            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
-    return loaded
-
-
-# ==== vocabulary ====
-def corpus_files(path: str) -> list[Path]:
-    """The files of a corpus in the order of their names; BadInput if there are none."""
-    formats = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-    if not Path(path).exists():
-        raise BadInput(f"{path} does not exist: give a file or folder of text ({', '.join(formats)})")
-    files = [file for file in (sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]) if file.suffix in formats and file.is_file()]
-    if not any(file.stat().st_size for file in files):
-        raise BadInput(f"{path} holds no text: files that end in {', '.join(formats)} are read, and none or only empty ones are there")
-    return files
-
-
-def corpus_lines(file: Path):
-    """Yield the lines of a file; .txt and .jsonl are read one at a time and may be larger than memory."""
-    if file.suffix not in (".txt", ".jsonl"):
-        for row in read_rows(str(file), Counter()):
-            yield from text_lines(row)
-        return
-    with open(file, "rb") as stream:
-        for number, data in enumerate(stream, 1):
-            try:
-                line = data.decode().strip("\ufeff\r\n")
-                yield from text_lines(json.loads(line) if file.suffix == ".jsonl" and line.strip() else line)
-            except UnicodeDecodeError:
-                read_text(str(file), Counter())  # names the line, and the way to mend it
-            except json.JSONDecodeError as problem:
-                raise BadInput(f"{file}, line {number}: not JSON ({problem.msg}): a .jsonl file holds one object a line") from None
-
-
-def text_lines(value):
-    """Yield the lines of every text in a record, whatever its schema."""
-    if isinstance(value, str):
-        yield from value.split("\n")
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from text_lines(part)
-
-
+# ---- text ----
 def read_corpus(path: str, max_corpus_mb: float, seed: int, held_out: int = 50) -> tuple[dict[str, list[str]], Counter]:
     """({kind of text: lines held out}, runs of Chinese in the other lines with their counts); a kind is a file.
 
     Whether a line is drawn, or is one of `held_out` that are held out, hangs on its bytes alone: every machine draws the
     same, and a line that stands twice is not on both sides.
     """
-    files, texts, runs = corpus_files(path), {}, Counter()
+    files, texts, runs = list(map(Path, document_files(path))), {}, Counter()
     share = max_corpus_mb * 1e6 / sum(file.stat().st_size for file in files)
     for file in files:
         kept = texts.setdefault(file.stem if len(files) <= 20 else "all files", [])
-        for line in filter(str.strip, corpus_lines(file)):
-            draw = zlib.crc32(line.strip().encode(), seed)
-            if draw % held_out == 0 and len(kept) < 20_000:  # that many are enough for a report
-                kept.append(line)
-            elif draw % held_out and draw < share * 2**32:
-                runs.update(RUN.findall(line))
+        for row in (read_lines if file.suffix == ".txt" else read_rows)(str(file), Counter()):
+            for line in filter(str.strip, text_lines(row)):
+                draw = zlib.crc32(line.strip().encode(), seed)
+                if draw % held_out == 0 and len(kept) < 20_000:  # that many are enough for a report
+                    kept.append(line)
+                elif draw % held_out and draw < share * 2**32:
+                    runs.update(RUN.findall(line))
     return {kind: lines for kind, lines in texts.items() if lines}, runs
 
 
-# -- pieces --
+def text_lines(value):
+    """Yield the lines of every text in a record, whatever its schema."""
+    if isinstance(value, str):
+        yield from value.strip("\r\n").split("\n")
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from text_lines(part)
+
+
+# ---- pieces ----
 def learn_pieces(runs: Counter, size: int, model_type: str, character_coverage: float) -> list[str]:
-    """The characters and then the words that SentencePiece finds in runs of Chinese, in the order to add them.
-
-    It reads each run once, with its count, so that BPE learns from 30 MB of text in seconds.
-    """
-    import sentencepiece
-
+    """The characters and then the words that SentencePiece finds in runs of Chinese; with counts, so that 30 MB of text take seconds."""
     if not runs:
         raise BadInput("there is no Chinese in the text to learn pieces from")
     with tempfile.TemporaryDirectory() as folder:
@@ -325,8 +197,7 @@ def learn_pieces(runs: Counter, size: int, model_type: str, character_coverage: 
                 add_dummy_prefix=False, shuffle_input_sentence=False, max_sentence_length=2**20, seed_sentencepiece_size=10 * size,
                 num_threads=2, minloglevel=2)  # unigram adds up by thread: with another number it would find other pieces
         except RuntimeError as problem:
-            reason = str(problem).strip().splitlines()[-1]
-            raise BadInput(f"SentencePiece cannot learn {size:,} pieces from this text: {reason}") from None
+            raise BadInput(f"SentencePiece cannot learn {size:,} pieces from this text: {str(problem).strip().splitlines()[-1]}") from None
     found = model_pieces(model.getvalue(), "what SentencePiece learned")
     return [piece for piece in found if len(piece) == 1] + [piece for piece in found if len(piece) > 1]
 
@@ -350,28 +221,29 @@ def model_pieces(data: bytes, name: str) -> list[str]:
 
 def parse_sentencepiece(data: bytes, name: str):
     """A SentencePiece model as its protocol buffer, which sentencepiece brings along."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    try:
-        model = ModelProto.FromString(data)
-    except DecodeError:
-        model = ModelProto()
-    if not model.pieces:
-        raise BadInput(f"{name} is not a SentencePiece model")
-    return model
+    with contextlib.suppress(DecodeError):
+        if (model := ModelProto.FromString(data)).pieces:
+            return model
+    raise BadInput(f"{name} is not a SentencePiece model")
 
 
-# -- merges --
+# ---- tokenizer ----
 def load_base_tokenizer(folder: Path):
     """The tokenizer of a model folder. From tokenizer.model alone AutoTokenizer would make one without BOS and first blank."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
-    model_file = folder / "tokenizer.model"
-    if not model_file.is_file() or (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return load(AutoTokenizer, str(folder))
-    parse_sentencepiece(model_file.read_bytes(), str(model_file))
-    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    file = folder / "tokenizer.model"
+    if file.is_file() and not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        parse_sentencepiece(file.read_bytes(), str(file))
+        return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as problem:
+        raise BadInput(f"no tokenizer could be loaded from {folder}: {str(problem).strip().splitlines()[0][:200]}") from None
+
+
+def encode_lines(tokenizer, lines: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
 
 
 class Vocabulary:
@@ -493,6 +365,76 @@ class Vocabulary:
         return model.SerializeToString()
 
 
+def report(vocabulary: Vocabulary, extended, was: list[list[int]], texts: dict[str, list[str]], merged: bytes | None) -> dict:
+    """Print what the new pieces do for text that they were not learned from; the figures for the last line."""
+    import argparse
+    import inspect
+    from pydoc_data.topics import topics
+
+    latin = {"English (Python's manual)": "\n".join(topics.values())[:200_000].split("\n"), "code (argparse)": inspect.getsource(argparse).split("\n")}
+    figures, used, tokens, same = {}, Counter(), Counter(), []
+    print("characters   per token: before   after   fewer tokens", file=sys.stderr)
+    for kind, lines in (texts | latin).items():
+        old, new = encode_lines(vocabulary.base, lines), encode_lines(extended, lines)
+        characters, before, after = (sum(map(len, each)) for each in (lines, old, new))
+        print(f"{characters:>10,}{characters / before:>20.2f}{characters / after:>8.2f}{before / after:>13.2f} x   {kind}", file=sys.stderr)
+        figures[kind] = [round(characters / before, 3), round(characters / after, 3)]
+        if kind in latin:
+            same += [a == b for a, b in zip(old, new)]
+        else:
+            tokens.update(before=before, after=after)
+            used.update(i for ids in new for i in ids)
+    saved = {piece: used[vocabulary.vocab[piece]] * (len(ids) - 1) for piece, ids in zip(vocabulary.new, was)}
+    count = sum(used[vocabulary.vocab[piece]] > 0 for piece in saved)
+    unreached = sum(len(extended.model.tokenize(piece)) > 1 for piece in saved)
+    best = ", ".join(f"{vocabulary.text(piece)} {saved[piece]:,}" for piece in sorted(saved, key=saved.get, reverse=True)[:10])
+    print(f"English and code: {sum(same) / len(same):.2%} of {len(same):,} lines keep their ids\n"
+          f"of {len(saved):,} new pieces {unreached:,} can never come up, {count:,} do in the held-out text"
+          + f"; most tokens are saved there by {best}" * bool(count), file=sys.stderr)
+    agreement = None
+    if merged and texts:
+        # without first blanks: before these sentencepiece puts another, and transformers does not
+        lines = [line.strip() for kind in texts.values() for line in kind]
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=merged).encode(lines)
+        agreement = round(sum(a == b for a, b in zip(encode_lines(extended, lines), theirs)) / len(lines), 5)
+        print(f"sentencepiece gives the ids of transformers on {agreement:.2%} of the held-out lines", file=sys.stderr)
+    return {"new_pieces": len(saved), "pieces_used": count, "pieces_unreached": unreached, "lines_unchanged": round(sum(same) / len(same), 5),
+            "sentencepiece_agreement": agreement, "characters_per_token": figures,
+            "times_fewer_tokens": round(tokens["before"] / tokens["after"], 3) if texts else None}
+
+
+# ---- rows ----
+def find_tables(base: "Weights", tokens: int) -> tuple[list[str], int]:
+    """The names of embedding and head in the files, and their rows; BadInput if they are not there, or the tokenizer is of another model."""
+    from transformers import AutoConfig
+
+    config, found = AutoConfig.from_pretrained(base.folder), [name for name in base.tensors if name.endswith(EMBEDDINGS + HEADS)]
+    for endings, needed in ((EMBEDDINGS, True), (HEADS, not config.tie_word_embeddings)):
+        if needed and not any(name.endswith(endings) for name in found):
+            raise BadInput(f"{base.folder} has no {' or '.join(endings)} in its weights: they are not those of its config.json")
+    for name in [name for name in found if len(base.tensors[name]) != config.vocab_size]:
+        raise BadInput(f"{base.folder}: {name} has {len(base.tensors[name]):,} rows, config.json says {config.vocab_size:,}")
+    if not tokens <= config.vocab_size < tokens + 1024:  # some models have a few hundred rows that no token uses
+        raise BadInput(f"{base.folder}: its tokenizer has {tokens:,} tokens, the model {config.vocab_size:,} rows, so they do not belong together")
+    return found, config.vocab_size
+
+
+def longer_table(old, rows: int, kept: int, was: list[list[int]]):
+    """The first `kept` rows of a table as they are, below them the mean of what each new piece was, and the mean of all for the rest.
+
+    A padding row of zeros has the logit 0, which can be the highest. The mean row's logit is the mean of all logits: never
+    above the highest, and its probability, by the inequality of the means, never above 1 / kept.
+    """
+    import torch
+
+    table = old.new_empty(rows, *old.shape[1:])  # (rows, D)
+    table[:kept] = old[:kept]
+    table[kept:] = sum(part.sum(0, dtype=torch.float64) for part in old[:kept].split(1024)) / kept
+    for row, ids in zip(table[kept:], was):
+        row.copy_(old[ids].float().mean(0))
+    return table
+
+
 # ==== tensors ====
 # Weights as they lie in a folder, read and written one by one: a converter takes the memory of a few tensors, whatever the model.
 SHARD = 200e6  # bytes of tensors that are held, and then written as one file
@@ -500,23 +442,20 @@ BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of
 
 
 def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
-    """A folder as it is given, or that of a name on the hub, fetched if need be."""
-    if os.path.isdir(model_name_or_path):
-        return Path(model_name_or_path)
-    from huggingface_hub import snapshot_download
+    """The folder of a model or a delta, fetched if it is a name on the hub; BadInput if a model is not whole, or quantized."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{ending}" for ending in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
-    except (OSError, ValueError) as problem:
-        raise BadInput(f"{model_name_or_path} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
-
-
-def open_model(folder: Path, allow_pickle: bool = False) -> "Weights":
-    """The weights of a model folder; BadInput if it is not whole, or quantized."""
-    check_model(str(folder), allow_pickle)
-    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
-        raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
-    return Weights(folder, "model", allow_pickle)
+        try:
+            folder = Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{end}" for end in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
+        except (OSError, ValueError) as problem:
+            raise BadInput(f"{folder} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+    if not (folder / "delta.json").is_file():
+        check_model(str(folder), allow_pickle)
+        if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+            raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
+    return folder
 
 
 def files_beside(folder: Path) -> dict[str, Path]:
@@ -525,16 +464,14 @@ def files_beside(folder: Path) -> dict[str, Path]:
 
 
 class Weights:
-    """The tensors in a folder, each read from its file when it is asked for.
-
-    `tensors` has the type and shape of each, as a tensor on torch's meta device, in the order of the files.
+    """The tensors in a folder, each read when it is asked for. `tensors` has type and shape of each, as a tensor on torch's meta device.
 
     Args:
         stem: The folder holds stem.safetensors, or shards with an index; or, with allow_pickle, one of the pickles.
     """
 
-    def __init__(self, folder: Path | str, stem: str = "model", allow_pickle: bool = False, pickles: tuple[str, ...] = ("pytorch_model.bin",)):
-        self.folder, self.tensors, self.paths = Path(folder), {}, {}
+    def __init__(self, folder: Path, stem: str = "model", allow_pickle: bool = False):
+        self.folder, self.tensors, self.paths, pickles = folder, {}, {}, (f"{stem}.bin", "pytorch_model.bin")
         candidates = [name for file in (f"{stem}.safetensors", *pickles * allow_pickle) for name in (file, f"{file}.index.json")]
         found = next((name for name in candidates if (self.folder / name).is_file()), None)
         if found is None:
@@ -542,21 +479,19 @@ class Weights:
             why = f" but a pickle, {waiting}, which can run code when it is loaded: if you trust it, add --allow_pickle True" if waiting else ""
             raise BadInput(f"{folder} holds no {stem}.safetensors{why}")
         mapped = json.loads((self.folder / found).read_text("utf-8"))["weight_map"] if found.endswith(".json") else {}
-        for file in sorted(set(mapped.values())) or [found]:
-            if not (path := self.folder / file).is_file():
-                raise BadInput(f"{folder} lacks {file}, which its {found} names: finish the download")
+        for path in [self.folder / file for file in sorted(set(mapped.values())) or [found]]:
             try:
                 names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
-                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is cut off or damaged, "
+                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is missing, cut off or damaged, "
                                f"or only points to the real one (git-lfs). Download it again") from None
             self.paths.update(dict.fromkeys(names, path))
         if missing := mapped.keys() - self.tensors.keys():
             raise BadInput(f"{folder} lacks {len(missing)} tensors that its {found} names, {min(missing)} for one")
 
     def read(self, name: str, rows: slice | None = None):
-        """A tensor, or some of its rows, that may be changed. Its file is mapped anew: pages that were read count as memory as long as a mapping lives."""
+        """A tensor, or some of its rows, that may be changed; mapped anew, since pages that were read count as memory as long as a mapping lives."""
         _, get, get_slice = self._open(self.paths[name])
         return get(name) if rows is None else get_slice(name)[rows]
 
@@ -591,8 +526,8 @@ def write_shards(folder: Path, tensors, stem: str = "model") -> None:
     for number, file in enumerate(files):
         (folder / f"{number}.part").rename(folder / file)
     if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, parts) for name in names}
-        index = {"metadata": {"total_size": sum((folder / file).stat().st_size for file in files)}, "weight_map": weight_map}
+        size = sum((folder / file).stat().st_size for file in files)
+        index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, names in zip(files, parts) for name in names}}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
     if {name: (tensor.dtype, tensor.shape) for name, tensor in Weights(folder, stem).tensors.items()} != wanted:
         raise RunStopped("the weights were written, but read back with other tensors: is the disk failing?")

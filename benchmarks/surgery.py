@@ -23,15 +23,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.report import add
 from utils import cli
 
-MERGE = ["python", "merge_lora.py", "--model_name_or_path", "base", "--lora_path", "adapter", "--output_dir", "out"]
 WAYS = {  # name: what it does, and the command, in a folder with base, tuned, delta, sums and adapter
     "cp": ("copy of the base", ["cp", "-r", "--reflink=never", "base", "out"]),
     "apply_delta.py, exact": ("delta", ["python", "apply_delta.py", "--base", "base", "--target", "out", "--delta", "delta"]),
     "apply_delta.py, sums": ("delta", ["python", "apply_delta.py", "--base", "base", "--target", "out", "--delta", "sums"]),
     "transformers, sums": ("delta", ["python", "benchmarks/surgery.py", "--way", "add"]),
     "apply_delta.py --make": ("make", ["python", "apply_delta.py", "--base", "base", "--target", "tuned", "--delta", "out", "--make", "True"]),
-    "merge_lora.py --check False": ("merge", [*MERGE, "--check", "False"]),
-    "merge_lora.py": ("merge", MERGE),
+    "merge_lora.py": ("merge", ["python", "merge_lora.py", "--model_name_or_path", "base", "--lora_path", "adapter", "--output_dir", "out"]),
     "transformers + peft": ("merge", ["python", "benchmarks/surgery.py", "--way", "merge"]),
 }
 
@@ -73,7 +71,7 @@ def main(
             print(f"| {size} GB | {WAYS[name][0]} | {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to {max(seconds):.1f} "
                   f"| {statistics.median(seconds) / cp:.1f} | {statistics.median(memory) / 1e6:,.0f} MB |", flush=True)
         for ours, peer in (("apply_delta.py, exact", "transformers, sums"), ("apply_delta.py, sums", "transformers, sums"),
-                           ("merge_lora.py --check False", "transformers + peft"), ("merge_lora.py", "transformers + peft")):
+                           ("merge_lora.py", "transformers + peft")):
             if {ours, peer} <= runs.keys():
                 for unit, column, scale in (("seconds", 0, 1), ("peak memory, MB", 1, 1e6)):
                     mine, other = ([run[column] / scale for run in runs[name]] for name in (ours, peer))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import add
-from utils import BadInput, cli
 from extend_vocab import parse_sentencepiece, read_corpus
+from utils import BadInput, cli
 
 CORPUS = ("text/*.txt", "dialogue/sharegpt_zh_1K.jsonl", "sft/huatuo_llama_data.jsonl")
 PUBLIC = {"Chinese-LLaMA-2, 55,296": "ymcui/chinese-llama-2.tokenizer.model", "YuRen, 36,843": "yuren-han/tokenizer.model"}

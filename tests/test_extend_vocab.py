@@ -14,7 +14,7 @@ from conftest import ROOT, make_model
 from test_stages import weights
 
 import extend_vocab
-from utils import BadInput, RunStopped
+from utils import BadInput
 
 ENGLISH = ["The quick brown fox jumps over 13 lazy dogs.", "  indented,\ttabbed  and spaced   out ", "naïve café — “quoted” … 100 %", "def main(x: int = 2):", "    return {'a': x[1:]}  # ok", ""]
 AWKWARD = ["你好，世界！🐪👩‍👩‍👧", "龘靐𠀀𪚥 rare", "tab\t换行\n\n回车\r\n 两边 ", "ａｂｃ①②〇々", "\u200b\ufeff\u0301零宽", "한국어 русский العربية ไทย", "�\x00\x1f", "<s> 不是 </s> <|im_start|> 控制符", "a▁b Ġ的"]
@@ -114,7 +114,7 @@ def test_old_ids_never_move_and_new_ones_follow(bases, results, kind):
 
 
 def test_english_and_code_keep_their_ids(bases, results, kind):
-    lines = ENGLISH + Path(ROOT / "finetune_lora.py").read_text("utf-8").split("\n")
+    lines = ENGLISH + [line for line in (ROOT / "utils.py").read_text("utf-8").split("\n") if line.isascii() and not any(token in line for token in CONTROL)]
     assert ids(load(results[kind]), lines) == ids(load(bases[kind]), lines)
 
 
@@ -321,13 +321,6 @@ def test_padding_rows_never_win_even_where_all_logits_are_negative(bases, tmp_pa
     assert logits.max() < 0 and (logits.argmax(-1) < 2000).all() and logits.shape[-1] > 2000
 
 
-def test_tensors_are_held_by_the_file_not_by_the_model(extend, monkeypatch, tmp_path):
-    monkeypatch.setattr(extend_vocab, "SHARD", 1)  # bytes: each tensor is written before the next is read
-    extend("sentencepiece")
-    files = list((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) == len(weights(tmp_path / "out")) > 10 and load(tmp_path / "out")
-
-
 def test_a_pickled_base_is_converted_when_allowed(bases, tmp_path, extend):
     base = tmp_path / "base"
     shutil.copytree(bases["bytelevel"], base, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -340,9 +333,9 @@ def test_a_pickled_base_is_converted_when_allowed(bases, tmp_path, extend):
 
 def test_the_output_is_whole_or_not_there(extend, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()  # empty: it is taken
-    save = safetensors.torch.save_file
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda part, *rest: save({name: tensor for name, tensor in part.items() if name != "model.norm.weight"}, *rest))
-    with pytest.raises(RunStopped, match="read back with other tensors"):
+    save_file = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path, about: (save_file(tensors, path, about), path.write_bytes(path.read_bytes()[:-9])))
+    with pytest.raises(BadInput, match="cut off"):
         extend()
     assert not any((tmp_path / "out").iterdir()) and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     monkeypatch.undo()
@@ -364,8 +357,8 @@ def write(tmp_path, name, data):
     ("corpus_path", "broken.jsonl", '{"text": "好"}\n{"text": '.encode(), r"broken\.jsonl, line 2: not JSON"),
     ("corpus_path", "short.txt", "很短的一段文字。\n".encode(), "gives .* new pieces, not 1,200"),
     ("corpus_path", "english.txt", b"no word of it\n", "no Chinese"),
-    ("corpus_path", "empty.txt", b"", "holds no text"),
-    ("corpus_path", "corpus.pdf", b"%PDF", "holds no text"),
+    ("corpus_path", "empty.txt", b"", "empty.txt is empty"),
+    ("corpus_path", "corpus.pdf", b"%PDF", "corpus.pdf, line 1: not JSON"),
     ("pieces", "other.model", b"\x80\x02}q\x00.", "other.model is not a SentencePiece model"),
     ("pieces", "empty.model", b"", "is empty"),
     ("pieces", "prose.txt", ("羊驼\n" + "这不是一个词而是很长很长的一句话" * 4).encode(), r"prose\.txt, line 2: too long for a piece"),
@@ -380,7 +373,7 @@ def test_bad_text_is_refused_by_file_and_line(extend, tmp_path, flag, name, data
 @pytest.mark.parametrize("flags, reason", [
     ({"corpus_path": "nowhere.txt"}, "nowhere.txt does not exist"), ({"eval_path": "nowhere.txt"}, "nowhere.txt does not exist"), ({"corpus_path": None}, "give --corpus_path"),
     ({"pieces": "nowhere.model"}, "--pieces=nowhere.model does not exist"), ({"model_name_or_path": "nowhere"}, "nowhere does not exist"),
-    ({"num_pieces": 0}, "must be above 0"), ({"character_coverage": 0.5}, "between 0.98 and 1"), ({"pad_to_multiple_of": 0}, "must be above 0"),
+    ({"num_pieces": 0}, "must be above zero"), ({"character_coverage": 0.5}, "between 0.98 and 1"), ({"pad_to_multiple_of": 0}, "must be above zero"),
 ], ids=str)
 def test_bad_flags_are_refused_in_one_line(extend, tmp_path, flags, reason):
     with pytest.raises(BadInput, match=reason) as refusal:
@@ -404,7 +397,7 @@ def test_a_base_that_is_not_whole_is_refused(bases, tmp_path, extend):
     with pytest.raises(BadInput, match="holds no weights"):
         extend(model_name_or_path=str(base))
     save_file({name: tensor for name, tensor in tensors.items() if "embed" not in name}, file)
-    with pytest.raises(BadInput, match="no model.embed_tokens.weight in its weights|no lm_head.weight in its weights"):
+    with pytest.raises(BadInput, match="has no embed_tokens.weight or .* in its weights"):
         extend(model_name_or_path=str(base))
     save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:700].clone()}, file)
     with pytest.raises(BadInput, match="700 rows, config.json says 800"):

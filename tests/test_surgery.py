@@ -588,6 +588,16 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path, m
     refused(out, "is quantized: give the 16-bit model", lambda: merge(quantized, adapter, out))
 
 
+def test_weights_are_held_a_file_at_a_time(tmp_path, model_folder, monkeypatch):
+    make_adapter(model_folder, tmp_path / "adapter", target_modules=LINEAR)
+    whole = merge(model_folder, tmp_path / "adapter", tmp_path / "whole")
+    monkeypatch.setattr(merge_lora, "SHARD", 1e5)
+    assert same_bits(merge(model_folder, tmp_path / "adapter", tmp_path / "out"), whole)
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in (tmp_path / "out").glob("model-*")]
+    assert len(sizes) > 3 and max(sizes) <= max(1e5, *(tensor.nbytes for tensor in whole.values()))
+    assert same_bits({name: p.data for name, p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters()}, whole)
+
+
 @pytest.mark.parametrize("file, infix", [("adapter_model.bin", ""), ("pytorch_model.bin", ".default")])
 def test_old_pickled_adapters_and_bases_are_merged_with_the_flag(file, infix, tmp_path, model_folder):
     adapted = make_adapter(model_folder, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
