@@ -58,6 +58,8 @@ def main(
     source, result, flag = (target, delta, "delta") if make else (delta, target, "target")
     if os.path.exists(result) and (not os.path.isdir(result) or os.listdir(result)):
         raise BadInput(f"--{flag}={result} exists already: give a new folder, or remove it first")
+    if os.path.ismount(result):
+        raise BadInput(f"--{flag}={result} is a mount point, onto which no result can be renamed: give a folder inside it")
     if not make and Path(source, "adapter_config.json").is_file():
         raise BadInput(f"{source} is a LoRA adapter, no delta: merge_lora.py merges it into its base")
     for folder in [base] if not make and Path(source, "delta.json").is_file() else [base, source]:
@@ -86,10 +88,10 @@ def main(
         for name, file in beside.items():
             shutil.copyfile(file, unfinished / name)
         if make:
-            facts = {"format": 1, "files": {name: file_hash(unfinished / name) for name in beside}, "base": dict(hash_all(old)),
+            facts = {"format": 2, "files": {name: file_hash(unfinished / name) for name in beside}, "base": dict(hash_all(old)),
                      "delta": {name: hashes[name][0] for name in names}, "target": {name: hashes[name][1] for name in names},
                      "dtypes": {name: type_name(new.tensors[name]) for name in names}}
-            (unfinished / "delta.json").write_text(json.dumps(facts, indent=1), "utf-8")
+            (unfinished / "delta.json").write_text(json.dumps(facts | {"sha256": seal(facts)}, indent=1), "utf-8")
     print(f"{result}: {len(names)} tensors, {size / 1e9:.2f} GB" + ", every SHA-256 as delta.json has it" * exact)
 
 
@@ -99,7 +101,9 @@ def open_delta(folder: Path) -> tuple["Weights", dict]:
     try:
         facts = json.loads((folder / "delta.json").read_text("utf-8"))
         dtypes, names = facts["dtypes"], [facts[key].keys() for key in ("delta", "target")]
-        known = facts["format"] == 1 and names == [dtypes.keys()] * 2 and all(Path(name).name == name for name in facts["files"])
+        known = facts["format"] == 1 or (facts["format"] == 2 and facts.pop("sha256") == seal(facts))  # the first format had no seal
+        known = known and {*dtypes.values()} <= DTYPES.keys() and facts["base"].keys() and names == [dtypes.keys()] * 2
+        known = known and all(Path(name).name == name for name in facts["files"])
     except (ValueError, KeyError, AttributeError, TypeError):
         known = False
     if not known:
@@ -112,6 +116,11 @@ def open_delta(folder: Path) -> tuple["Weights", dict]:
         if not (folder / name).is_file() or file_hash(folder / name) != wanted:
             raise BadInput(f"{folder}/{name} is missing or was changed since the delta was made: download it again")
     return weights, facts
+
+
+def seal(facts: dict) -> str:
+    """SHA-256 of delta.json's own content: a damaged type would give another tensor with the right bytes."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def check_base(old: "Weights", wanted: dict[str, str]) -> None:
@@ -346,6 +355,7 @@ def write_shards(folder: Path, tensors, stem: str = "model") -> None:
 @contextlib.contextmanager
 def unfinished_folder(folder: Path, size: int, flag: str):
     """A folder, which --flag gave, that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
+    folder = folder.resolve()  # a link cannot be renamed onto
     unfinished = folder.parent / f".{folder.name}-unfinished"  # a fixed name: the next run clears away what a killed one left
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = os.open(unfinished, os.O_RDONLY)

@@ -419,6 +419,7 @@ def write_shards(folder: Path, tensors, stem: str = "model") -> None:
 @contextlib.contextmanager
 def unfinished_folder(folder: Path, size: int, flag: str):
     """A folder, which --flag gave, that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
+    folder = folder.resolve()  # a link cannot be renamed onto
     unfinished = folder.parent / f".{folder.name}-unfinished"  # a fixed name: the next run clears away what a killed one left
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = os.open(unfinished, os.O_RDONLY)

@@ -112,7 +112,7 @@ def main(
     started, weights = time.monotonic(), sum(module.weight.numel() for module in linear.values())
     each = (bits + (bits + 16) / max(group_size, MULTIPLE)) / 8  # bytes of a quantized weight, with its share of scale and zero
     size = 2 * each * weights + 2 * (model.num_parameters() - weights)  # what is quantized is written matrix by matrix, and once more at the end
-    unfinished = begin_or_go_on(Path(output_dir), facts, size)
+    unfinished = begin_or_go_on(Path(output_dir).resolve(), facts, size)  # a link cannot be renamed onto
     done = quantize_in_passing(linear, unfinished / "parts", settings, real[:rows].to(device), ids[rows:].numel())
     copies = lambda tensor: torch.cat([tensor, tensor[rows:], tensor[rows:]]).to(device)  # what is evaluated on, for all three kinds of weights
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def main(
         (unfinished / name).write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
     shutil.rmtree(unfinished / "parts")
     (unfinished / "run.json").unlink()
-    unfinished.rename(output_dir)
+    unfinished.rename(Path(output_dir).resolve())
     seconds, size = time.monotonic() - started, sum(file.stat().st_size for file in Path(output_dir).glob("*.safetensors"))
     print(f"{'weights':18}{'perplexity':>10}{'size':>12}{'time':>10}", file=sys.stderr)
     for name, key, taken, took in (("original", "original", before, ""), ("rounded (RTN)", "rounded", size, ""), ("GPTQ", "gptq", size, f"{seconds:.0f} s")):

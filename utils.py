@@ -827,6 +827,8 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
         raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder that can be written to: give another"))
     if model_name_or_path and Path(model_name_or_path).is_dir() and folder.is_dir() and folder.samefile(model_name_or_path):
         raise BadInput(f"--output_dir={output_dir} is the base model's own folder, which would be overwritten: give a new folder")
+    if resume is None and os.path.ismount(folder):
+        raise BadInput(f"--output_dir={output_dir} is a mount point, onto which no result can be renamed: give a folder inside it")
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     begun = {"run.json", "run.lock", ".saving", "runs"} if resume is not None else set()  # of a run that never came to its first checkpoint
     if resume and names - begun and "run.json" not in names:

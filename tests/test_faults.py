@@ -11,8 +11,10 @@ from conftest import ROOT, make_model
 from test_records import write
 from test_stages import DATA, QUICK, same, tune, weights  # noqa: F401 (tune is a fixture)
 
+import apply_delta
 import finetune
 import inspect_labels
+import merge_lora
 from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, tokenize_records, write_facts
 
 
@@ -146,6 +148,34 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused_before_a_
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(BadInput, match="its tokenizer has 1,001 tokens, its model 1,000 rows"):
         tune(model_name_or_path=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("key, value", [("dtypes", "I32"), ("dtypes", "X"), ("dtypes", 5), ("target", "0" * 64), ("format", 3), ("base", [])], ids=str)
+def test_a_damaged_delta_json_gives_no_model(tmp_path, model_folder, key, value):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model_folder, tmp_path / "tuned")
+    changed = {name: tensor + torch.randn_like(tensor) for name, tensor in load_file(tmp_path / "tuned" / "model.safetensors").items()}
+    save_file(changed, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    apply_delta.main(base=str(model_folder), target=str(tmp_path / "tuned"), delta=str(tmp_path / "delta"), make=True)
+    file = tmp_path / "delta" / "delta.json"
+    facts = json.loads(file.read_text())
+    facts[key] = value if key in ("format", "base") else facts[key] | {"model.layers.0.self_attn.q_proj.weight": value}
+    file.write_text(json.dumps(facts))
+    with pytest.raises(BadInput, match="delta.json is not as apply_delta.py writes it"):
+        apply_delta.main(base=str(model_folder), target=str(tmp_path / "made"), delta=str(tmp_path / "delta"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_result_goes_into_an_empty_folder_behind_a_link(tune, tmp_path, model_folder):  # noqa: F811
+    adapter = tune(max_steps=1)["output_dir"]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    merge_lora.main(model_name_or_path=str(model_folder), lora_path=adapter, output_dir=str(tmp_path / "link"))
+    assert (tmp_path / "real" / "config.json").is_file() and (tmp_path / "link").is_symlink()
+    with pytest.raises(BadInput, match="is a mount point"):
+        merge_lora.main(model_name_or_path=str(model_folder), lora_path=adapter, output_dir="/proc")
 
 
 # ---- numbers ----
