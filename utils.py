@@ -497,7 +497,7 @@ def read_rows(path: str, notes: Counter, document_separator: str | None = None):
         try:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as problem:
+        except (ValueError, OverflowError, OSError) as problem:  # ArrowInvalid is a ValueError; a time beyond Python's years overflows
             raise BadInput(f"{path} is not whole Parquet: {str(problem).splitlines()[0]}") from None
     elif path.endswith(".csv"):
         csv.field_size_limit(2**31 - 1)
