@@ -436,7 +436,7 @@ def run_training(trainer, checkpoint: str | None) -> dict:
         last = trainer.state.log_history[-3:]
         known = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step and not args.load_best_model_at_end]
         metrics = known[0] if known else trainer.evaluate() if trainer.eval_dataset else {}
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
         curves = pandas.DataFrame(trainer.state.log_history).groupby("step").max().filter(["loss", "eval_loss"]).interpolate()
         axes = curves.plot(ax=Figure(figsize=(7, 4)).subplots(), marker=".", grid=True, ylabel="loss per supervised token")
         axes.figure.savefig(output_dir / "loss.png", dpi=120)

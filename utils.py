@@ -369,7 +369,7 @@ def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, da
             print(f"dropped {problem}", file=sys.stderr)
             counts["refused"] += 1
             continue
-        kept = [(ids, trained) for ids, trained in found if any(trained)]
+        kept = [(ids, trained) for ids, trained in found if any(trained[1:])]  # nothing precedes the first token: it is never a label
         counts.update(records=1, dropped=len(found) - len(kept), examples=len(kept))
         for ids, trained in kept:
             counts.update(tokens=len(ids), supervised_tokens=sum(trained))
@@ -675,7 +675,7 @@ def cli(main) -> None:
             raise BadInput(f"{given[0][0]!r} belongs to no flag: write --name value, with quotes around text that has blanks")
         main(**convert_flags(main, given[1]))
     except (BadInput, RunStopped) as problem:
-        if isinstance(problem, RunStopped) or os.environ.get("RANK", "0") == "0":  # every rank finds the same bad input: say it once
+        if isinstance(problem, RunStopped) or os.environ.get("LOCAL_RANK", "0") == "0":  # bad input is found by every rank of a machine: say it once
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(getattr(problem, "status", 2))
     except KeyboardInterrupt:
@@ -843,13 +843,20 @@ def write_facts(output_dir: str, facts: dict) -> None:
         return
     os.makedirs(output_dir, exist_ok=True)
     lock = os.open(Path(output_dir, "run.lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends, however it does
-    with contextlib.suppress(OSError):  # not on every file system
-        os.set_inheritable(lock, False)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock = None
-    if lock is not None:
-        raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder")
-    Path(output_dir, "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), "utf-8")
+    except BlockingIOError:
+        raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder") from None
+    except OSError:
+        pass  # a file system without locks
+    replace_json(Path(output_dir, "run.json"), facts)
+
+
+def replace_json(path: Path, content: dict) -> None:
+    """Write a JSON file that is there whole or as it was before."""
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+    unfinished.replace(path)
 
 
 def resume_point(output_dir: str, facts: dict) -> str | None:
@@ -873,7 +880,7 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
                 if best := state.get("best_model_checkpoint"):  # the folder may have another name since
                     state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
                     if best != state["best_model_checkpoint"] and os.environ.get("RANK", "0") == "0":
-                        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2), "utf-8")
+                        replace_json(folder / "trainer_state.json", state)
                 return str(folder)
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} is not whole: looking for the checkpoint before it", file=sys.stderr)
@@ -931,9 +938,9 @@ def can_pack(config, max_length: int) -> bool:
     """
     if changed := [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1, 1.0)]:
         raise BadInput(f"models of the kind {config.model_type} change their logits ({changed[0]}), which the loss here would leave out")
-    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or getattr(config, "attn_logit_softcapping", None)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return (window or max_length) >= max_length and not (others and not window)
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"} - ({"sliding_attention"} if window else set())
+    return (window or max_length) >= max_length and not others and not getattr(config, "attn_logit_softcapping", None)
 
 
 def check_tokenizer(chat: Chat, config) -> None:
@@ -1009,7 +1016,7 @@ def check_run(flags: dict) -> dict:
     check_numbers(flags | given)
     ours = {"bf16": "precision", "fp16": "precision", "activation_checkpointing": "gradient_checkpointing", "resume_from_checkpoint": "resume",
             "train_sampling_strategy": "shuffle"} | dict.fromkeys(("auto_find_batch_size", "label_smoothing_factor", "use_liger_kernel", "torch_compile",
-                                                                   "remove_unused_columns", "do_train", "save_only_model"))
+                                                                   "remove_unused_columns", "do_train", "save_only_model", "average_tokens_across_devices"))
     for name in given.keys() & ours:
         raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss, the batches and the checkpoints are our own"))
     if flags["eval_path"] and flags["eval_size"]:
