@@ -13,7 +13,7 @@ file, a few tensors at a time. Measured on two CPU cores in November 2026, with 
 
 | base                              | time    | memory at most | tokens for held-out Chinese |
 |-----------------------------------|---------|----------------|-----------------------------|
-| LLaMA's tokenizer, 7B's embedding | 0.4 min | 1.6 GiB        | 2.24 times fewer            |
+| LLaMA's tokenizer, 7B's embedding | 0.4 min | 1.8 GiB        | 2.24 times fewer            |
 | SmolLM2-135M, byte-level          | 0.3 min | 1.6 GiB        | 2.66 times fewer            |
 """
 import contextlib
