@@ -138,6 +138,7 @@ class Chat:
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]] + [anchor]
         self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
         self.anchor_ids = self._text_ids(_ANCHOR)
+        self.crossed = 0
         pieces = self.encode(SHORTEST)
         if len(pieces) < 2 or not pieces[1][0]:
             raise BadInput(f"the chat template of {self.name} shows no answer: choose one with --template")

@@ -379,3 +379,16 @@ def test_a_broken_record_is_named_also_when_many_processes_tokenize(tmp_path, to
     with pytest.raises(BadInput, match="holds nothing to train on"):
         tokenize_records(write(tmp_path, {"instruction": "问"}), Chat(tokenizer, "ziya"), 100, skip_bad_records=True)
     assert not capfd.readouterr().out
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_a_tokenizer_that_merges_the_very_first_question_and_answer_is_taken(template):
+    """SmolLM2 merges "?!": the shortest dialogue, by which the stop token is found, crosses its own border in the template plain."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "?!", "<|end|>"])}, [("?", "!")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", bos_token="<|end|>"), template)
+    assert chat.stops and chat.crossed == 0
