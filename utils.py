@@ -838,12 +838,17 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 
 
+_LOCKS: dict[str, int] = {}  # file descriptors of this process, by output folder
+
+
 def write_facts(output_dir: str, facts: dict) -> None:
     """Note in run.json what the run that begins is made of, for resume_point, and keep other runs out of the folder until this one ends."""
     if os.environ.get("RANK", "0") != "0":
         return
     os.makedirs(output_dir, exist_ok=True)
-    lock = os.open(Path(output_dir, "run.lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends, however it does
+    if (name := str(Path(output_dir).resolve())) in _LOCKS:  # a notebook runs the next cell in the same process
+        os.close(_LOCKS.pop(name))
+    lock = _LOCKS[name] = os.open(Path(output_dir, "run.lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends, however it does
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -946,8 +951,9 @@ def can_pack(config, max_length: int) -> bool:
 
 def check_tokenizer(chat: Chat, config) -> None:
     """BadInput if the tokenizer has more tokens than the model has rows, besides those that the template brings: they would end the run in a step."""
-    tokens = len(chat.tokenizer) - len(chat.new_tokens)
-    if tokens > config.vocab_size:
+    tokens, shown = len(chat.tokenizer) - len(chat.new_tokens), f"{chat.jinja}{chat.tokenizer.bos_token}{chat.tokenizer.eos_token}"
+    beyond = {token for token, i in chat.tokenizer.get_vocab().items() if i >= config.vocab_size} - {*chat.new_tokens}
+    if any(token not in chat.control or token in shown for token in beyond):  # a control token that nothing writes never comes up
         raise BadInput(f"{chat.name}: its tokenizer has {tokens:,} tokens, its model {config.vocab_size:,} rows: they do not belong together, or the "
                        f"model was not resized (extend_vocab.py does both)")
 

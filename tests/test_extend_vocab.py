@@ -354,11 +354,11 @@ def write(tmp_path, name, data):
 @pytest.mark.parametrize("flag, name, data, reason", [
     ("corpus_path", "gbk.txt", "第一行\n第二行：中文".encode("gb18030"), r"gbk\.txt, line 1: .*looks like GBK.*iconv"),
     ("corpus_path", "broken.txt", "好\n好\n".encode() + b"\xff\xfe\xe4\n", r"broken\.txt, line 3: its byte \d+ is not UTF-8"),
-    ("corpus_path", "broken.jsonl", '{"text": "好"}\n{"text": '.encode(), r"broken\.jsonl, line 2: not JSON"),
+    ("corpus_path", "broken.jsonl", '{"text": "好"}\n{"text": '.encode(), r"broken\.jsonl, line 2: not whole JSON"),
     ("corpus_path", "short.txt", "很短的一段文字。\n".encode(), "gives .* new pieces, not 1,200"),
     ("corpus_path", "english.txt", b"no word of it\n", "no Chinese"),
     ("corpus_path", "empty.txt", b"", "empty.txt is empty"),
-    ("corpus_path", "corpus.pdf", b"%PDF", "corpus.pdf, line 1: not JSON"),
+    ("corpus_path", "corpus.pdf", b"%PDF", "corpus.pdf, line 1: not whole JSON"),
     ("pieces", "other.model", b"\x80\x02}q\x00.", "other.model is not a SentencePiece model"),
     ("pieces", "empty.model", b"", "is empty"),
     ("pieces", "prose.txt", ("羊驼\n" + "这不是一个词而是很长很长的一句话" * 4).encode(), r"prose\.txt, line 2: too long for a piece"),
