@@ -838,7 +838,7 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 
 
-_LOCKS: dict[str, int] = {}  # file descriptors of this process, by output folder
+_LOCKS = {}  # file descriptors of this process, by output folder
 
 
 def write_facts(output_dir: str, facts: dict) -> None:
