@@ -124,7 +124,7 @@ def ours(chat, rows, max_length, lora) -> dict:
     from peft import get_peft_model
     from transformers import TrainingArguments
 
-    from finetune_lora import choose_attention, collate, make_trainer, supervised_forward
+    from finetune_lora import choose_attention, collate, make_trainer, speed_up_lora, supervised_forward
 
     positions = 0
 
@@ -142,7 +142,9 @@ def ours(chat, rows, max_length, lora) -> dict:
             skeleton = random_llama("sdpa")
         model = random_llama(choose_attention(skeleton, "fp32", max_length))
         model.forward = MethodType(supervised_forward, model)
-        model = get_peft_model(model, lora_config()) if lora else model
+        if lora:
+            model = get_peft_model(model, lora_config())
+            speed_up_lora(model)
         blocks = make_blocks(examples["length"], range(len(examples)), max_length, packing=True, shuffle=True, multiple_of=1)
         args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, **LOOP)
         trainer = make_trainer(model, args, chat, {}, examples, blocks, [], padded=False)
