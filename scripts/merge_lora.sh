@@ -7,10 +7,8 @@ cd "$(dirname "$0")/.."
 BASE_MODEL=${BASE_MODEL:-}                       # the model that the adapter was trained on; empty: the small default model
 LORA_PATH=${LORA_PATH:-output/finetune_lora}     # one adapter, or several with commas
 OUTPUT_PATH=${OUTPUT_PATH:-output/merge_lora}
-TOT_CUDA=${TOT_CUDA:-}                           # the GPU that the result is checked on; empty: the first
 # -----------------
 command -v python > /dev/null && python -c 'import fire' 2> /dev/null || PATH="$PWD/.venv/bin:$PATH"
-[[ -n $TOT_CUDA ]] && export CUDA_VISIBLE_DEVICES=$TOT_CUDA
 [[ -n $BASE_MODEL ]] || BASE_MODEL=$(python scripts/default_model.py)
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 exec python merge_lora.py --model_name_or_path "$BASE_MODEL" --lora_path "$LORA_PATH" --output_dir "$OUTPUT_PATH" "$@"
