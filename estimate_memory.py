@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 from utils import BadInput, RunStopped, check_file, check_positive, cli
 
 DS_CONFIGS = Path(__file__).with_name("ds_configs")
-STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm")
+STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm", "train_reward", "train_dpo")
 ABOVE_ZERO = ("fit", "nnodes", "ranks", "max_length", "lora_r", "per_device_train_batch_size", "gradient_accumulation_steps")
 CARDS = (11, 16, 24, 40, 80)
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # read here, since cli() leaves one GPU of them
@@ -209,7 +209,7 @@ def complete(stage: str, given: dict) -> dict:
         others = [other for other in STAGES if name in inspect.signature(script_of(other)).parameters]
         raise BadInput(f"--{name} is not a flag of {stage}.py: leave it out, or take --stage {' or '.join(others)}")
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {"deepspeed": None, "optim": "adamw_torch_fused", "ranks": 1, "gpu": True} | defaults | given
+    return {"deepspeed": None, "optim": "adamw_torch_fused", "ranks": 1, "gpu": True, "stage": stage} | defaults | given
 
 
 def impossible(flags: dict, shapes: Shapes) -> str | None:
@@ -359,9 +359,10 @@ def as_run(flags: dict) -> Run:
     """The run of these flags with every block full."""
     train = flags.get("train") or ("lora" if "lora_r" in flags else "full")
     precision = flags["precision"] if flags["precision"] != "auto" else "bf16" if flags["gpu"] else "fp32"
-    return Run(**{name: flags[name] for name in Run._fields if name in flags} | dict(
-        train=train, tables="train" in flags and train == "lora", tokens=flags["per_device_train_batch_size"] * flags["max_length"], precision=precision,
-        zero=read_zero(flags["deepspeed"])))
+    answers = 2 if flags["stage"] in ("train_reward", "train_dpo") else 1  # of up to max_length tokens each, in one block, without dropout
+    return Run(**{"lora_dropout": 0.0} | {name: flags[name] for name in Run._fields if name in flags} | dict(
+        train=train, tables=flags["stage"] == "pretrain_clm" and train == "lora", precision=precision, zero=read_zero(flags["deepspeed"]),
+        tokens=answers * flags["per_device_train_batch_size"] * flags["max_length"], supervised=0 if flags["stage"] == "train_reward" else None))
 
 
 def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
