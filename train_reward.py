@@ -228,11 +228,13 @@ def reward_forward(self, input_ids, labels, num_items_in_batch=1, position_ids=N
 
 
 # ==== pairs ====
-def collate_pairs(blocks: list[list[int]], examples, padded: bool) -> dict:
+def collate_pairs(blocks: list[list[int]], examples, padded: bool, reference=None) -> dict:
     """collate(), with one shift_label a pair: Trainer counts these, and their number in the global batch is what the loss is divided by."""
     import torch
 
-    return collate(blocks, examples, padded) | {"shift_labels": torch.zeros(sum(map(len, blocks)) // 2, dtype=torch.long)}
+    answers = [e for block in blocks for e in block]
+    known = {} if reference is None else {"reference": torch.tensor(reference[answers])}
+    return collate(blocks, examples, padded) | {"shift_labels": torch.zeros(len(answers) // 2, dtype=torch.long)} | known
 
 
 def sum_pairs(model, chosen, rejected, **values) -> dict:
@@ -395,8 +397,9 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
                 folder = Path(output_dir)
                 (folder / "training_args.bin").unlink()  # a pickle
                 chat.tokenizer.save_pretrained(folder)
-                if old := self.model.generation_config and self.model.generation_config.to_dict():  # a reward model has none
+                if old := getattr(self.model, "generation_config", None):  # a reward model has none
                     # Older chat models give a temperature without do_sample, which transformers refuses to save
+                    old = old.to_dict()
                     old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
                     old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
                     GenerationConfig.from_dict(old).save_pretrained(folder)
