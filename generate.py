@@ -63,7 +63,7 @@ def main(
         allow_pickle: Load weights that are pickles, which can run code.
         bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
         load_in_8bit: Another name for --bits 8.
-        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        precision: Arithmetic: auto (bf16 where GPU or CPU have it; else fp16 on a GPU, fp32 on a CPU), bf16, fp16 or fp32.
         prompt: One question to answer.
         system: System text of the prompt or of the chat.
         input_file: Records or {"prompt": ...} lines to answer.
@@ -370,13 +370,15 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    config, cuda = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code), torch.cuda.is_available()
+    config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    cuda, cpu = torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability()
     gptq = getattr(config, "quantization_config", None) or {}
     gptq = gptq if gptq.get("quant_method") == "gptq" else None
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else cpu == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     if precision == "auto":  # where bf16 is only emulated, fp16 is faster
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if precision != "fp32" and not cuda:
-        raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+        precision = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
+    if not cuda and (precision == "fp16" or precision == "bf16" and not has_bf16):
+        raise BadInput(f"--precision={precision} needs a GPU{', or a CPU with AVX512-BF16' * (precision == 'bf16')}: leave it at auto")
     if gptq and bits < 16:
         raise BadInput(f"--bits={bits}: {model_name_or_path} is quantized already, to {gptq['bits']} bits by GPTQ: leave --bits at 16")
     dtype, kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], AutoModelForCausalLM

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same promises on every machine: on the CPU, in fp32
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # else --precision auto would take bf16 on a CPU that has it
 
 
 @pytest.fixture(scope="session", autouse=True)
