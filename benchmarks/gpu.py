@@ -9,7 +9,9 @@ of a script in a process of its own, in bf16 or fp16 as `--precision auto` finds
 matrix products take: 6 operations a weight and token where all weights are trained, 4 where the base is frozen, the head on supervised tokens
 only; neither attention nor what gradient checkpointing computes again is counted. The card's arithmetic is measured first, by products of
 large matrices in the same precision. Peak memory is torch's max_memory_allocated, the estimate that of estimate_memory.py without its share for
-CUDA. "resumed" trains the same steps again from the checkpoint in their middle: the largest difference of a weight. Rows that do not fit the
+CUDA. "of peer" is, in the first row, supervised tokens a second of ours by trl's, where trl is installed; in the rows of generation, of streaming
+one answer by bare model.generate (tokens/s are those of eight answers at once). "resumed" trains the second half of the steps again from the
+checkpoint in their middle: the largest difference of a weight, as a share of the largest weight. Rows that do not fit the
 card, lack their script or come when the time is up are named with the reason. Exit status 1 if a row failed or a loss is not finite.
 """
 import functools
@@ -36,6 +38,7 @@ SIZES = {  # width, inner width, layers, heads, heads of keys; the vocabulary is
     "0.1B": ((768, 2048, 12, 12, 12), 40, 8),
     "1B": ((2048, 5632, 22, 32, 4), 20, 4),
     "7B": ((4096, 11008, 32, 32, 32), 8, 1)}
+HEAD = "| what | model | tokens/s | of peer | MFU | peak memory | estimate | loss | resumed |\n|" + "---|" * 9
 TRAIN = dict(max_length=1024, gradient_accumulation_steps=1, logging_steps=5, learning_rate=1e-4)
 
 
@@ -98,7 +101,7 @@ def main(
     """
     if side != "all":
         return print(json.dumps(dict(card=card, model=make_model, generate=generate_some, theirs=theirs)[side](folder, bits)))
-    begun, output, rows, failed = time.monotonic(), Path(output_dir), [], []
+    begun, output, rows, failed = time.monotonic(), Path(output_dir).resolve(), [], []
     output.mkdir(parents=True, exist_ok=True)
     if rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -107,7 +110,7 @@ def main(
         raise BadInput("this machine has no CUDA device: --rehearse True runs the same rows with a tiny model on the CPU")
     make_data(output)
     title = f"{here['name']}, {here['memory'] / 2**30:.0f} GiB, {here['precision']}, {here['rate'] / 1e12:.3g} TFLOP/s in large products; {machine()}; {here['packages']}"
-    print(f"{title}\n\n| what | model | tokens/s | of trl | MFU | peak memory | estimate | loss | resumed |\n|" + "---|" * 9)
+    print(f"{title}\n\n{HEAD}", flush=True)
     for size in ["tiny"] if rehearse else sizes.split(","):
         for name, row in ROWS.items():
             if only not in name or not rehearse and size not in row.sizes.split():
@@ -117,23 +120,23 @@ def main(
                 try:
                     found |= measure(name, row, size, here, output, peer)
                 except subprocess.CalledProcessError as problem:
-                    found["why"] = f"failed: {(problem.stderr or '').strip().splitlines()[-1:] or problem}"
+                    found["why"] = f"failed: {([str(problem)] + problem.stderr.strip().splitlines())[-1][:300]}"
             failed += [name] * (found["why"].startswith("failed") or not math.isfinite(found.get("loss") or 0))
             rows.append(found)
             print(line_of(found), flush=True)
             (output / "results.json").write_text(json.dumps(dict(card=here, machine=machine(), rows=rows), indent=1, ensure_ascii=False), "utf-8")
         for folder in output.glob(f"*-{size}"):
             shutil.rmtree(folder)  # 13 GB for a 7B
-    (output / "table.md").write_text("\n".join([title, "", "| what | model | tokens/s | of trl | MFU | peak memory | estimate | loss | resumed |", "|" + "---|" * 9,
-                                                *map(line_of, rows), ""]), "utf-8")
+    (output / "table.md").write_text("\n".join([title, "", HEAD, *map(line_of, rows), ""]), "utf-8")
     print(f"\n{time.monotonic() - begun:.0f} seconds; {output}/table.md, {output}/results.json" + f"; failed: {', '.join(failed)}" * bool(failed))
     sys.exit(bool(failed))
 
 
 def line_of(row: dict) -> str:
     """A line of the table."""
+    in_gb = row | {key: row[key] / 1e9 for key in ("peak", "estimate") if row.get(key) is not None}
     show = {"tokens_per_second": "{:,.0f}", "of_peer": "{:.2f}", "mfu": "{:.1%}", "peak": "{:.2f} GB", "estimate": "{:.2f} GB", "loss": "{:.3f}", "resumed": "{:.1g}"}
-    cells = [form.format(row[key]) if row.get(key) is not None else "" for key, form in show.items()]
+    cells = [form.format(in_gb[key]) if in_gb.get(key) is not None else "" for key, form in show.items()]
     return f"| {row['what']} | {row['model']} | " + (f"{row['why']} |" + " |" * 6 if row["why"] else " | ".join(cells) + " |")
 
 
@@ -225,7 +228,7 @@ def measure(name: str, row: Row, size: str, here: dict, output: Path, peer: str)
         return dict(seconds=report["seconds"], loss=math.log(report["perplexity"]["quantized"]) if "quantized" in report["perplexity"] else None)
     flags = command(row, size, output)
     shutil.rmtree(flags["output_dir"], ignore_errors=True)
-    report = run_script(row.script, flags)
+    report = run_script(row.script, flags) or {}
     found = dict(seconds=time.monotonic() - start, peak=report.get("peak_memory_bytes"), estimate=estimate(row, size, output), loss=report.get("train_loss"),
                  tokens_per_second=report.get("tokens_per_second"))
     if row.factor:
@@ -236,7 +239,7 @@ def measure(name: str, row: Row, size: str, here: dict, output: Path, peer: str)
         found["resumed"] = resumed(row, flags)
     if name == "LoRA, 16 bit":
         shutil.copytree(flags["output_dir"], adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
-        if importlib.util.find_spec(peer):
+        if importlib.util.find_spec(peer) and size != "7B":  # minutes
             theirs = own("theirs", base)
             found["of_peer"] = report["supervised_tokens"] / report["seconds"] / (theirs["supervised_tokens"] / theirs["seconds"])
     return found
@@ -302,7 +305,8 @@ def make_model(folder: str, bits: int) -> dict:
     chat = Chat(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"), "chatml")
     config = config_of(base, size)
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    with torch.device("cuda" if room > 2.5 * weights(size) else "cpu"):  # else a minute slower
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype_of(precision()))
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
@@ -372,7 +376,7 @@ def generate_some(folder: str, bits: int) -> dict:
             way()
             seconds.setdefault(name, []).append(time.perf_counter() - start)
     best = {name: min(times[1:]) for name, times in seconds.items()}
-    return dict(tokens_per_second=8 * length / best["eight"], streamed_of_bare=best["bare"] / best["streamed"],
+    return dict(tokens_per_second=8 * length / best["eight"], of_peer=best["bare"] / best["streamed"],
                 peak=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
 
 
