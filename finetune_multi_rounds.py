@@ -93,7 +93,7 @@ def main(
         learning_rate: Peak of the schedule.
         lr_scheduler_type: Schedule: cosine, linear, constant_with_warmup or another of transformers.
         warmup_steps: Steps of linear warm-up: a number, or a share below 1.
-        precision: Arithmetic: auto (bf16 where GPU or CPU have it; else fp16 on a GPU, fp32 on a CPU), bf16, fp16 or fp32.
+        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
         early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
         seed: Of everything random.
@@ -376,13 +376,13 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
 
 
 def make_arguments(settings: dict, precision: str):
-    """transformers' TrainingArguments, and the precision: auto is bf16 where GPU or CPU compute in it (not where it is emulated), else fp16, on a CPU fp32."""
+    """transformers' TrainingArguments, and the precision: auto is bf16 where the GPU computes in it (not where it is emulated), else fp16, on a CPU fp32."""
     import torch
     from transformers import TrainingArguments
 
     cuda, cpu = torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability()
     has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else cpu == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    precision = precision if precision != "auto" else "bf16" if has_bf16 else "fp16" if cuda else "fp32"
+    precision = precision if precision != "auto" else "fp32" if not cuda else "bf16" if has_bf16 else "fp16"
     if not cuda and (precision == "fp16" or precision == "bf16" and not has_bf16):
         raise BadInput(f"--precision={precision} needs a GPU{', or a CPU with AVX512-BF16' * (precision == 'bf16')}: leave it at auto")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else deepspeed warns that it found no other

@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.get("TEST_DEVICE") != "cuda":  # of test_gpu.py
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same promises on every machine: on the CPU, in fp32
-os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # else --precision auto would take bf16 on a CPU that has it
 
 
 @pytest.fixture(scope="session", autouse=True)
