@@ -109,7 +109,8 @@ def main(
     if not here["cuda"] and not rehearse:
         raise BadInput("this machine has no CUDA device: --rehearse True runs the same rows with a tiny model on the CPU")
     make_data(output)
-    title = f"{here['name']}, {here['memory'] / 2**30:.0f} GiB, {here['precision']}, {here['rate'] / 1e12:.3g} TFLOP/s in large products; {machine()}; {here['packages']}"
+    title = (f"{here['name']}, {here['memory'] / 2**30:.0f} GiB, {here['precision']}, {here['rate'] / 1e12:.3g} TFLOP/s in large products; "
+             f"{machine()}; {here['packages']}")
     print(f"{title}\n\n{HEAD}", flush=True)
     for size in ["tiny"] if rehearse else sizes.split(","):
         for name, row in ROWS.items():
@@ -135,7 +136,8 @@ def main(
 def line_of(row: dict) -> str:
     """A line of the table."""
     in_gb = row | {key: row[key] / 1e9 for key in ("peak", "estimate") if row.get(key) is not None}
-    show = {"tokens_per_second": "{:,.0f}", "of_peer": "{:.2f}", "mfu": "{:.1%}", "peak": "{:.2f} GB", "estimate": "{:.2f} GB", "loss": "{:.3f}", "resumed": "{:.1g}"}
+    show = {"tokens_per_second": "{:,.0f}", "of_peer": "{:.2f}", "mfu": "{:.1%}", "peak": "{:.2f} GB", "estimate": "{:.2f} GB", "loss": "{:.3f}",
+            "resumed": "{:.1g}"}
     cells = [form.format(in_gb[key]) if in_gb.get(key) is not None else "" for key, form in show.items()]
     return f"| {row['what']} | {row['model']} | " + (f"{row['why']} |" + " |" * 6 if row["why"] else " | ".join(cells) + " |")
 
@@ -192,7 +194,8 @@ def estimate(row: Row, size: str, output: Path) -> float | None:
     shape = output / f"shape-{row.base}-{size}.json"
     shape.write_text(json.dumps(config_of(row.base, size)))
     flags = command(row, size, output) | dict(model_name_or_path=str(shape))
-    run = subprocess.run([sys.executable, "estimate_memory.py", "--stage", row.script.removesuffix(".py"), *words(flags)], cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = [sys.executable, "estimate_memory.py", "--stage", row.script.removesuffix(".py"), *words(flags)]
+    run = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
     parts = {name: float(size) * 1e9 for name, size in re.findall(r"^\| (sum|framework) \| ([\d.]+) \|", run.stdout, re.M)}
     return parts["sum"] - parts["framework"]
 
@@ -224,8 +227,9 @@ def measure(name: str, row: Row, size: str, here: dict, output: Path, peer: str)
         run_script(row.script, dict(model_name_or_path=base, lora_path=adapter, output_dir=output / f"merged-{size}"))
         return dict(seconds=time.monotonic() - start)
     if row.script == "quantize_gptq.py":
-        report = run_script(row.script, dict(model_name_or_path=base, calibration_path=output / row.data, calibration_size=32, output_dir=output / f"gptq-{size}"))
-        return dict(seconds=report["seconds"], loss=math.log(report["perplexity"]["quantized"]) if "quantized" in report["perplexity"] else None)
+        flags = dict(model_name_or_path=base, calibration_path=output / row.data, calibration_size=32, group_size=64, output_dir=output / f"gptq-{size}")
+        report = run_script(row.script, flags)
+        return dict(seconds=report["seconds"], loss=math.log(report["perplexity"]["gptq"]))
     flags = command(row, size, output)
     shutil.rmtree(flags["output_dir"], ignore_errors=True)
     report = run_script(row.script, flags) or {}
@@ -255,7 +259,8 @@ def resumed(row: Row, flags: dict) -> float:
     shutil.copy(whole / "run.json", again)
     run_script(row.script, flags | dict(output_dir=str(again), resume=True))
     pairs = [(load_file(file), load_file(again / file.name)) for file in whole.glob("*.safetensors")]
-    return max(float((a[key].float() - b[key].float()).abs().max()) for a, b in pairs for key in a) / max(float(t.abs().max()) for a, _ in pairs for t in a.values())
+    apart = max(float((a[key].float() - b[key].float()).abs().max()) for a, b in pairs for key in a)
+    return apart / max(float(tensor.abs().max()) for a, _ in pairs for tensor in a.values())
 
 
 # ---- data and models ----
@@ -348,7 +353,8 @@ def card(folder: str, bits: int) -> dict:
         rates.append(2 * n**3 * repeats / (time.perf_counter() - start))
     versions = [f"{name} {'installed' if importlib.util.find_spec(name) else 'not installed'}" for name in ("flash_attn", "trl")]
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return dict(cuda=cuda, name=torch.cuda.get_device_name(0) if cuda else "the CPU (rehearsal)", memory=memory, precision=kind, rate=max(rates), packages=", ".join(versions))
+    name = torch.cuda.get_device_name(0) if cuda else "the CPU (rehearsal)"
+    return dict(cuda=cuda, name=name, memory=memory, precision=kind, rate=max(rates), packages=", ".join(versions))
 
 
 def generate_some(folder: str, bits: int) -> dict:
@@ -369,7 +375,8 @@ def generate_some(folder: str, bits: int) -> dict:
         with torch.inference_mode():
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **generate.generation_arguments(model, chat, **settings))
 
-    ways = {"bare": bare, "streamed": lambda: list(generate.stream(model, chat, asked, **settings)), "eight": lambda: generate.answer_batch(model, chat, [asked] * 8, **settings)}
+    ways = {"bare": bare, "streamed": lambda: list(generate.stream(model, chat, asked, **settings)),
+            "eight": lambda: generate.answer_batch(model, chat, [asked] * 8, **settings)}
     for turn in range(3):
         for name, way in ways.items():
             start = time.perf_counter()
@@ -398,11 +405,11 @@ def theirs(folder: str, bits: int) -> dict:
             return super().training_step(model, inputs, *rest, **more)
 
     lines = Path(folder).with_name("dialogues.jsonl").read_text("utf-8").splitlines()
-    args = SFTConfig(f"{folder}-trl", packing=True, max_length=1024, assistant_only_loss=True, gradient_checkpointing=True, bf16=kind == "bf16", fp16=kind == "fp16",
-                     max_steps=steps, per_device_train_batch_size=blocks, gradient_accumulation_steps=1, learning_rate=1e-4, save_strategy="no", report_to="none",
-                     use_cpu=not cuda)
-    trainer = Counting(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(kind)), args, train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
-                       processing_class=AutoTokenizer.from_pretrained(folder),
+    args = SFTConfig(f"{folder}-trl", packing=True, max_length=1024, assistant_only_loss=True, gradient_checkpointing=True, bf16=kind == "bf16",
+                     fp16=kind == "fp16", max_steps=steps, per_device_train_batch_size=blocks, gradient_accumulation_steps=1, learning_rate=1e-4,
+                     save_strategy="no", report_to="none", use_cpu=not cuda)
+    trainer = Counting(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(kind)), args, processing_class=AutoTokenizer.from_pretrained(folder),
+                       train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
                        peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
     start = time.perf_counter()
     trainer.train()
