@@ -113,6 +113,7 @@ def main(
              f"{machine()}; {here['packages']}")
     print(f"{title}\n\n{HEAD}", flush=True)
     for size in ["tiny"] if rehearse else sizes.split(","):
+        clear(output, size)  # a model of a run that was stopped may be half a model
         for name, row in ROWS.items():
             if only not in name or not rehearse and size not in row.sizes.split():
                 continue
@@ -126,11 +127,16 @@ def main(
             rows.append(found)
             print(line_of(found), flush=True)
             (output / "results.json").write_text(json.dumps(dict(card=here, machine=machine(), rows=rows), indent=1, ensure_ascii=False), "utf-8")
-        for folder in output.glob(f"*-{size}"):
-            shutil.rmtree(folder)  # 13 GB for a 7B
+        clear(output, size)  # 13 GB for a 7B
     (output / "table.md").write_text("\n".join([title, "", HEAD, *map(line_of, rows), ""]), "utf-8")
     print(f"\n{time.monotonic() - begun:.0f} seconds; {output}/table.md, {output}/results.json" + f"; failed: {', '.join(failed)}" * bool(failed))
     sys.exit(bool(failed))
+
+
+def clear(output: Path, size: str) -> None:
+    """Remove models and results of this size."""
+    for folder in output.glob(f"*-{size}*/"):
+        shutil.rmtree(folder)
 
 
 def line_of(row: dict) -> str:
@@ -409,7 +415,7 @@ def theirs(folder: str, bits: int) -> dict:
                      fp16=kind == "fp16", max_steps=steps, per_device_train_batch_size=blocks, gradient_accumulation_steps=1, learning_rate=1e-4,
                      save_strategy="no", report_to="none", use_cpu=not cuda)
     trainer = Counting(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(kind)), args, processing_class=AutoTokenizer.from_pretrained(folder),
-                       train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+                       train_dataset=Dataset.from_list([json.loads(line) for line in lines[: 12 * steps * blocks]]),
                        peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
     start = time.perf_counter()
     trainer.train()
