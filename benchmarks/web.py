@@ -3,12 +3,16 @@
     pip install llama-cpp-python==0.3.36                     # for the row of llama.cpp; without it the row is left out
     python benchmarks/web.py                                 # the small default model, two CPU threads, about 10 minutes
 
-Greedy answers of one length to one question, on the CPU. The ways take turns; the table has medians and spread. Then 8 clients
-ask 200 times in a row: every request must be answered or refused in words, and the memory must not grow.
+Greedy answers of one length to one question, on the CPU. The ways take turns, in another order each time; a ratio is that of the two
+answers of one turn, and the table has the median of the ratios with their quartiles: on a shared machine one answer can take twice as
+long as the next. So it also has the processor time that this process takes for a token, which is what streaming and the page really
+add. Who asks the page is a process of its own, as a browser is: in this one it would stop the model whenever it reads an update.
+Then 8 clients ask 200 times in a row: every request must be answered or refused in words, and the memory must not grow.
 """
 import contextlib
 import multiprocessing
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -28,7 +32,7 @@ def main(
     *,
     model_name_or_path: str = "",
     max_new_tokens: int = 128,
-    repeats: int = 3,
+    repeats: int = 5,
     threads: str = "1,2",
     requests: int = 200,
     clients: int = 8,
@@ -49,7 +53,6 @@ def main(
     folder = model_name_or_path or subprocess.run([sys.executable, root / "scripts/default_model.py"], capture_output=True, text=True, check=True).stdout.strip()
 
     import torch
-    from gradio_client import Client
 
     import generate
     import webui
@@ -66,7 +69,7 @@ def main(
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(time.perf_counter()))
     page = webui.serve_page(model, choices, settings, server_port=7989)
-    client = Client(page.local_url, verbose=False)
+    browser = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), open_page, (page.local_url,))
     asked = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}], webui.BASE, "", 0.0, 1.0, 0, 1.0, max_new_tokens
 
     def bare():
@@ -79,11 +82,7 @@ def main(
 
     def on_page():
         forwards.clear()
-        job, first = client.submit(*asked, api_name="/answer_one"), None
-        for shown in job:
-            if first is None and len(shown) > 1:
-                first = time.perf_counter() - forwards[0]
-        delays.append(first)
+        delays.append(browser.submit(first_character, asked).result() - forwards[0])
 
     ways, delays = {"model.generate": bare, "generate.py": streamed, "the page": on_page}, []
     with contextlib.suppress(ImportError):
@@ -104,21 +103,27 @@ def main(
         llamas = {n: llama_cpp.Llama(str(gguf), n_ctx=2048, n_threads=n, n_threads_batch=n, verbose=False) for n in map(int, threads.split(","))}
         ways["llama.cpp, Q4_1"] = llama
 
-    print("| threads | way | tokens/s | spread | of model.generate |\n|---|---|---|---|---|")
+    print("| threads | way | tokens/s | spread | of model.generate: median (quartiles) | processor ms a token |\n|---|---|---|---|---|---|")
     for count in map(int, threads.split(",")):
         torch.set_num_threads(count)
-        speeds = {name: [] for name in ways}
+        speeds, costs = {name: [] for name in ways}, {name: [] for name in ways}
         for turn in range(repeats + 1):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way()
-                speeds[name] += [max_new_tokens / (time.perf_counter() - started)] * (turn > 0)  # the first turn warms up
-        base = statistics.median(speeds["model.generate"])
+            for name in random.sample(list(ways), len(ways)):
+                started, worked = time.perf_counter(), time.process_time()
+                ways[name]()
+                if turn:  # the first turn warms up
+                    speeds[name].append(max_new_tokens / (time.perf_counter() - started))
+                    costs[name].append(1000 * (time.process_time() - worked) / max_new_tokens)
         for name, values in speeds.items():
-            print(f"| {count} | {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {statistics.median(values) / base:.3f} |", flush=True)
+            ratios = [ours / bare for ours, bare in zip(values, speeds["model.generate"])]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            print(f"| {count} | {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {middle:.3f} ({low:.3f} to {high:.3f}) "
+                  f"| {statistics.median(costs[name]):.1f} |", flush=True)
         for name, peer in (("generate.py", "model.generate"), ("the page", "model.generate"), ("generate.py", "llama.cpp, Q4_1")):
             if peer in speeds:
                 add(f"{name}, CPU threads: {count}", "tokens/s", speeds[name], peer, speeds[peer])
+            if peer == "model.generate":
+                add(f"{name}, CPU threads: {count}", "processor ms a token", costs[name], peer, costs[peer])
     print(f"\nfrom the model's first token to the client's first character: median {1000 * statistics.median(delays):.0f} ms, longest {1000 * max(delays):.0f} ms")
 
     # ---- many requests ----
@@ -131,7 +136,25 @@ def main(
                 time.sleep(0.5)
         early, late = (statistics.median(memory[int(len(memory) * part) :][: max(len(memory) // 10, 1)]) for part in (0.2, 0.9))
         print(f"{requests} requests from {clients} clients: {answers.result()}; memory {early:.0f} MiB after a fifth, {late:.0f} MiB at the end ({late / early - 1:+.1%})")
+    browser.shutdown()
     page.close()
+
+
+def open_page(url: str) -> None:
+    """Make this process one that has the page open."""
+    global client
+    from gradio_client import Client
+
+    client = Client(url, verbose=False)
+
+
+def first_character(asked: list) -> float:
+    """Ask the page, wait for the whole answer, and return when its first character came, by a clock that all processes of a machine share."""
+    first = None
+    for shown in client.submit(*asked, api_name="/answer_one"):
+        if first is None and len(shown) > 1:
+            first = time.perf_counter()
+    return first
 
 
 def ask_all(url: str, asked: list, requests: int, clients: int) -> dict[str, int]:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same promises on every machine: on the CPU, in fp32
+if os.environ.get("TEST_DEVICE") != "cuda":  # of test_gpu.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same promises on every machine: on the CPU, in fp32
 
 
 @pytest.fixture(scope="session", autouse=True)

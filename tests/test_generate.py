@@ -61,7 +61,7 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path, model_folder):
     ({"repetition_penalty": float("nan")}, "penalty=nan must be from"), ({"temperature": float("nan")}, "must be from 0"), ({"temperature": -0.1}, "must be from 0"),
     ({"seed": 10**23}, "from 0 to 4294967295"), ({"seed": -1}, "from 0 to"), ({"per_device_eval_batch_size": 0}, "must be from 1 to"),
     ({"prompt": "a\udcff"}, "--prompt is not UTF-8"), ({"system": "\ud83d"}, "--system is not UTF-8"),
-    ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "bf16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
+    ({"bits": 4, "load_in_8bit": True}, "give one of them"), ({"precision": "fp16", "prompt": "?"}, "needs a GPU"), ({"template": "alpacca", "prompt": "?"}, "did you mean alpaca"),
     ({"input_file": "sample/ziya.jsonl", "output_file": "no/where.jsonl"}, "does not exist"), ({"input_file": "sample/ziya.jsonl", "output_file": "tests"}, "is a folder")], ids=str)
 def test_bad_input_is_refused_in_one_line(model_folder, monkeypatch, flags, reason):
     monkeypatch.chdir(ROOT)
