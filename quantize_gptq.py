@@ -161,7 +161,7 @@ def load_on_disk(model_name_or_path: str, copied: str, trust_remote_code: bool, 
             model_name_or_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied, use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{model_name_or_path} could not be loaded: {str(problem).strip().splitlines()[0][:300]}") from problem
+        raise BadInput(f"{model_name_or_path} could not be loaded: {str(problem)[:300]}") from problem
     if hasattr(model.config, "quantization_config"):
         raise BadInput(f"{model_name_or_path} is quantized: give the 16-bit model that it was made from")
     if missing := sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"]):

@@ -40,6 +40,9 @@ IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss skips these positions
 class BadInput(ValueError):
     """What the user gave cannot be used: one line that says what, where and how to mend it."""
 
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message).strip())  # what is quoted from a file may hold line breaks
+
 
 class RunStopped(RuntimeError):
     """A run that had begun cannot go on, or ends early; `status` is the exit status."""
@@ -755,6 +758,8 @@ def convert_flag(name: str, text: str, kind):
         if text not in choices:
             raise BadInput(f"--{name}={text} is not one of {', '.join(choices)}")
         return choices[text]
+    if re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"--{name}={text!r} is not UTF-8")
     words = re.findall(r"\w+", str(kind))  # "int | None", "<class 'float'>", "dict[str, Any] | str | None"
     if "None" in words and text == "None":
         return None
@@ -817,9 +822,12 @@ def read_json(path) -> dict:
 
 
 def check_adapter(lora_path: str | None) -> None:
-    """BadInput if a folder is given that is no adapter."""
+    """BadInput if a folder is given that is no adapter, or whose JSON files hold no objects."""
     if lora_path and not Path(lora_path, "adapter_config.json").is_file():
         raise BadInput(f"--lora_path={lora_path} " + ("is no adapter: it has no adapter_config.json" if os.path.isdir(lora_path) else "does not exist"))
+    for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json", "generation_config.json"):
+        if lora_path and Path(lora_path, name).is_file():
+            read_json(Path(lora_path, name))
 
 
 def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: bool = False) -> None:
@@ -835,7 +843,7 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
     indices = sorted(names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"})
     named = {str(file) for index in indices for file in (read_json(folder / index).get("weight_map") or {"": "any file"}).values()}
     missing = sorted(named - names)
-    for file in {"config.json", "tokenizer_config.json", "generation_config.json"} & names:
+    for file in {"config.json", "tokenizer_config.json", "generation_config.json", "yangtuo.json", "quantize_config.json"} & names:
         read_json(folder / file)
     for wrong, what in (
             ("config.json" not in names and "adapter_config.json" in names, f"is a LoRA adapter: give its base as the model and this as --lora_path ({held})"),
@@ -854,7 +862,10 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
 def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_path: str = "") -> None:
     """BadInput if output_dir holds something and this run is not to go on with it; None: it is of a script that cannot."""
     folder = Path(output_dir)
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    except OSError as problem:  # a name that is too long, a loop of links
+        raise BadInput(f"--output_dir={output_dir[:60]}: {problem.strerror}") from None
     if not output_dir or not existing.is_dir() or not os.access(existing, os.W_OK) or (folder.is_symlink() and not folder.exists()):
         raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder that can be written to: give another"))
     if model_name_or_path and Path(model_name_or_path).is_dir() and folder.is_dir() and folder.samefile(model_name_or_path):
@@ -911,8 +922,9 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
     for folder in folders:
         deepspeed = any(folder.glob("global_step*"))  # it keeps optimizer and schedule there
         needed = [folder / name for name in states + ["optimizer.pt", "scheduler.pt"] * (not deepspeed)]
-        with contextlib.suppress(BadInput):
+        with contextlib.suppress(BadInput, TypeError):
             state = read_json(folder / "trainer_state.json")
+            importlib.import_module("transformers.trainer_callback").TrainerState(**state)
             if all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
                 if best := state.get("best_model_checkpoint"):  # the folder may have another name since
                     state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
@@ -1021,6 +1033,8 @@ def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuf
     Without those, accelerate would train some blocks twice to make the ranks even; with them batch, accumulation and ranks
     can be traded for one another. Where the order of the data is kept, a block ends where the next example does not fit.
     """
+    if multiple_of > 10**7:
+        raise BadInput(f"a global batch of {multiple_of:,} blocks: lower --per_device_train_batch_size or --gradient_accumulation_steps")
     chosen, blocks, room = list(map(int, chosen)), [], 0
     if packing and shuffle:
         blocks = [[chosen[i] for i in block] for block in pack([lengths[e] for e in chosen], max_length)]
