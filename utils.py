@@ -784,6 +784,7 @@ _COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_s
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
           "early_stopping_patience", "dataloader_num_workers", "freeze_layers")
+_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256}  # each worker is a process
 
 
 def check_positive(**flags: float) -> None:
@@ -796,7 +797,7 @@ def check_positive(**flags: float) -> None:
 def check_numbers(flags: dict) -> None:
     """BadInput where a flag holds a number, but not a possible one."""
     for name, value in flags.items():
-        least, most = (0, 1) if name in _SHARES else (0, 2**32 - 1) if name in ("seed", "data_seed") else (0, math.inf)
+        least, most = (0, 1) if name in _SHARES else (0, _MOST.get(name, math.inf))
         if name in (*_COUNTS, *_SHARES, *_SIZES, "seed", "data_seed") and isinstance(value, (int, float)):
             if not math.isfinite(value) or not least <= value <= most or (name in _COUNTS and value == 0):
                 span = "above zero" if name in _COUNTS else "zero or more" if most == math.inf else f"from {least} to {most}"

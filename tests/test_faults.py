@@ -15,7 +15,7 @@ import apply_delta
 import finetune
 import inspect_labels
 import merge_lora
-from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, tokenize_records, write_facts
+from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, make_blocks, pack, read_records, resume_point, tokenize_records, write_facts
 
 
 # ---- what a run goes on from ----
@@ -178,10 +178,24 @@ def test_a_result_goes_into_an_empty_folder_behind_a_link(tune, tmp_path, model_
         merge_lora.main(model_name_or_path=str(model_folder), lora_path=adapter, output_dir="/proc")
 
 
+@pytest.mark.parametrize("name, text", [(name, text) for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json") for text in ("", "{", "[]", "null")]
+                         + [("tokenizer.json", "{}"), ("adapter_config.json", '{"peft_type": "LORA", "target_modules": [["q_proj"]]}')])
+def test_a_side_file_of_an_adapter_that_is_not_what_it_should_be_is_named(tune, tmp_path, model_folder, name, text):  # noqa: F811
+    adapter = Path(tune(max_steps=1)["output_dir"])
+    (adapter / name).write_text(text)
+    with pytest.raises(BadInput, match=str(adapter)):
+        merge_lora.main(model_name_or_path=str(model_folder), lora_path=str(adapter), output_dir=str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_a_message_quotes_stays_one_line():
+    assert str(BadInput("a turn lacks 'role':\n  ```bash\r\ngit\n")) == "a turn lacks 'role': ```bash git"
+
+
 # ---- numbers ----
 @pytest.mark.parametrize("flag, text", [
     *((flag, text) for flag in ("learning_rate", "warmup_steps", "eval_size", "lora_dropout", "max_grad_norm", "weight_decay") for text in ("nan", "inf", "-1")), ("lora_dropout", "2"), ("seed", "-1"),
-    ("seed", "4294967296"), ("adam_beta1", "2"), ("adam_epsilon", "-1"), ("dataloader_num_workers", "-1"), ("neftune_noise_alpha", "-1"), ("num_train_epochs", "0"), ("lora_alpha", "nan"), ("max_length", "0")])
+    ("seed", "4294967296"), ("adam_beta1", "2"), ("adam_epsilon", "-1"), ("dataloader_num_workers", "-1"), ("dataloader_num_workers", "4294967296"), ("neftune_noise_alpha", "-1"), ("num_train_epochs", "0"), ("lora_alpha", "nan"), ("max_length", "0")])
 def test_a_number_that_cannot_be_meant_is_refused_before_anything_runs(flag, text):
     import finetune_lora
 
@@ -194,6 +208,11 @@ def test_the_flags_of_a_notebook_are_checked_as_well(tune):  # noqa: F811
         with pytest.raises(BadInput, match=f"--{next(iter(flags))}="):
             tune(**flags)
     check_numbers({"learning_rate": 0.0, "seed": 0, "template": "alpaca", "eval_size": 100})
+
+
+def test_a_global_batch_without_end_is_refused():
+    with pytest.raises(BadInput, match="a global batch of"):
+        make_blocks([3, 2], range(2), 8, True, True, 10**13)
 
 
 def test_packing_takes_no_memory_for_a_length_that_nothing_has():
