@@ -178,14 +178,15 @@ def test_a_result_goes_into_an_empty_folder_behind_a_link(tune, tmp_path, model_
         merge_lora.main(model_name_or_path=str(model_folder), lora_path=adapter, output_dir="/proc")
 
 
-@pytest.mark.parametrize("name, text", [(name, text) for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json") for text in ("", "{", "[]", "null")]
-                         + [("tokenizer.json", "{}"), ("adapter_config.json", '{"peft_type": "LORA", "target_modules": [["q_proj"]]}')])
-def test_a_side_file_of_an_adapter_that_is_not_what_it_should_be_is_named(tune, tmp_path, model_folder, name, text):  # noqa: F811
-    adapter = Path(tune(max_steps=1)["output_dir"])
-    (adapter / name).write_text(text)
-    with pytest.raises(BadInput, match=str(adapter)):
-        merge_lora.main(model_name_or_path=str(model_folder), lora_path=str(adapter), output_dir=str(tmp_path / "merged"))
-    assert not (tmp_path / "merged").exists()
+def test_a_side_file_of_an_adapter_that_is_not_what_it_should_be_is_named(tune, tmp_path, model_folder):  # noqa: F811
+    whole = Path(tune(max_steps=1)["output_dir"])
+    damages = [(name, text) for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json") for text in ("", "{", "[]", "null")]
+    for number, (name, text) in enumerate([*damages, ("tokenizer.json", "{}"), ("adapter_config.json", '{"peft_type": "LORA", "target_modules": [["q_proj"]]}')]):
+        shutil.copytree(whole, adapter := tmp_path / str(number))
+        (adapter / name).write_text(text)
+        with pytest.raises(BadInput, match=str(adapter)):
+            merge_lora.main(model_name_or_path=str(model_folder), lora_path=str(adapter), output_dir=str(tmp_path / "merged"))
+        assert not (tmp_path / "merged").exists()
 
 
 def test_what_a_message_quotes_stays_one_line():
