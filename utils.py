@@ -498,7 +498,8 @@ def read_rows(path: str, notes: Counter, document_separator: str | None = None):
     """Yield the rows of a file as dictionaries, before anything is known of their schema."""
     if not os.path.isfile(path):
         raise BadInput(f"{path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
-    if path.endswith(".parquet"):
+    ending = Path(path).suffix.lower()
+    if ending == ".parquet":
         import pyarrow.parquet
 
         try:
@@ -506,13 +507,13 @@ def read_rows(path: str, notes: Counter, document_separator: str | None = None):
                 yield from batch.to_pylist()
         except (ValueError, OverflowError, OSError) as problem:  # ArrowInvalid is a ValueError; a time beyond Python's years overflows
             raise BadInput(f"{path} is not whole Parquet: {str(problem).splitlines()[0]}") from None
-    elif path.endswith(".csv"):
+    elif ending == ".csv":
         csv.field_size_limit(2**31 - 1)
         try:
             yield from csv.DictReader(read_lines(path, notes), strict=True)
         except csv.Error as problem:
             raise BadInput(f"{path} is not whole CSV ({problem}): is it cut off, or a quotation mark not doubled?") from None
-    elif path.endswith(".txt") and document_separator:
+    elif ending == ".txt" and document_separator:
         for blank, lines in itertools.groupby(read_lines(path, notes), key=lambda line: not line.strip()):
             if not blank:
                 yield from ({"text": text.rstrip("\r\n")} for text in (lines if document_separator == "line" else ["".join(lines)]))
@@ -540,7 +541,9 @@ def read_lines(path: str, notes: Counter):
                 line = data.decode("utf-8")
             except UnicodeDecodeError as problem:
                 what = f"its byte {problem.start} is not UTF-8"
-                if "\ufffd" not in data.decode("gb18030", "replace"):
+                if b"\0" in data:
+                    what = f"this is not UTF-8 but looks like UTF-16: mend it with iconv -f UTF-16 -t UTF-8 {path} > new_file"
+                elif "\ufffd" not in data.decode("gb18030", "replace"):
                     what = f"this is not UTF-8 but looks like GBK: mend it with iconv -f GB18030 -t UTF-8 {path} > new_file"
                 raise BadInput(f"{path}, line {number}: {what}") from None
             notes["byte order mark (dropped)"] += number == 1 and line.startswith("\ufeff")
@@ -884,10 +887,8 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
 _LOCKS = {}  # file descriptors of this process, by output folder
 
 
-def write_facts(output_dir: str, facts: dict) -> None:
-    """Note in run.json what the run that begins is made of, for resume_point, and keep other runs out of the folder until this one ends."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+def lock_folder(output_dir: str) -> None:
+    """Make a folder, and keep other runs out of it until this process ends."""
     os.makedirs(output_dir, exist_ok=True)
     if (name := str(Path(output_dir).resolve())) in _LOCKS:  # a notebook runs the next cell in the same process
         os.close(_LOCKS.pop(name))
@@ -898,7 +899,13 @@ def write_facts(output_dir: str, facts: dict) -> None:
         raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder") from None
     except OSError:
         pass  # a file system without locks
-    replace_json(Path(output_dir, "run.json"), facts)
+
+
+def write_facts(output_dir: str, facts: dict) -> None:
+    """Note in run.json what the run that begins is made of, for resume_point, and lock the folder."""
+    if os.environ.get("RANK", "0") == "0":
+        lock_folder(output_dir)
+        replace_json(Path(output_dir, "run.json"), facts)
 
 
 def replace_json(path: Path, content: dict) -> None:

@@ -15,6 +15,7 @@ import apply_delta
 import finetune
 import inspect_labels
 import merge_lora
+from quantize_gptq import begin_or_go_on
 from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, make_blocks, pack, read_records, resume_point, tokenize_records, write_facts
 
 
@@ -49,11 +50,14 @@ def test_what_makes_other_weights_is_no_resume(tune, flags, named):  # noqa: F81
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", f"from utils import write_facts; write_facts({str(tmp_path)!r}, {{}}); print('held', flush=True); input()"],
+    half = tmp_path.with_name(f".{tmp_path.name}-unfinished")  # quantize_gptq.py's, until it is whole
+    holder = subprocess.Popen([sys.executable, "-c", f"from utils import *; write_facts({str(tmp_path)!r}, {{}}); lock_folder({str(half)!r}); print('held', flush=True); input()"],
                               cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(BadInput, match="is in use by another run"):
         write_facts(str(tmp_path), {"seed": 2})
+    with pytest.raises(BadInput, match="is in use by another run"):
+        begin_or_go_on(tmp_path, {}, 0)
     assert json.loads((tmp_path / "run.json").read_text()) == {}
     holder.communicate("\n")
     write_facts(str(tmp_path), {"seed": 2})
