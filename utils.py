@@ -125,6 +125,8 @@ class Chat:
             raise BadInput(f"--template={template} is none of auto, {', '.join(TEMPLATES)}{near}")
         if not tokenizer.is_fast or not tokenizer.eos_token:
             raise BadInput(f"the tokenizer in {tokenizer.name_or_path} lacks {'an eos_token' if tokenizer.is_fast else 'a fast version (tokenizer.json)'}")
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise BadInput(f"the tokenizer_config.json in {tokenizer.name_or_path} has model_max_length {tokenizer.model_max_length!r}: a number belongs there")
         self.tokenizer, self.name, self.template, self.last_round_only, self.new_tokens = tokenizer, tokenizer.name_or_path, template, last_round_only, []
         if template != "auto":
             special_tokens = list(dict.fromkeys(re.findall(r"<\|\w+\|>", TEMPLATES[template])))
@@ -787,7 +789,8 @@ _COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_s
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
           "early_stopping_patience", "dataloader_num_workers", "freeze_layers")
-_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256}  # each worker is a process
+_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256,  # each worker is a process
+         "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0)}
 
 
 def check_positive(**flags: float) -> None:
@@ -800,7 +803,7 @@ def check_positive(**flags: float) -> None:
 def check_numbers(flags: dict) -> None:
     """BadInput where a flag holds a number, but not a possible one."""
     for name, value in flags.items():
-        least, most = (0, 1) if name in _SHARES else (0, _MOST.get(name, math.inf))
+        least, most = 0, _MOST.get(name, 1 if name in _SHARES else math.inf)
         if name in (*_COUNTS, *_SHARES, *_SIZES, "seed", "data_seed") and isinstance(value, (int, float)):
             if not math.isfinite(value) or not least <= value <= most or (name in _COUNTS and value == 0):
                 span = "above zero" if name in _COUNTS else "zero or more" if most == math.inf else f"from {least} to {most}"
@@ -933,7 +936,7 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
         with contextlib.suppress(BadInput, TypeError):
             state = read_json(folder / "trainer_state.json")
             importlib.import_module("transformers.trainer_callback").TrainerState(**state)
-            if all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
+            if isinstance(state.get("global_step"), int) and all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
                 if best := state.get("best_model_checkpoint"):  # the folder may have another name since
                     state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
                     if best != state["best_model_checkpoint"] and os.environ.get("RANK", "0") == "0":
