@@ -238,8 +238,8 @@ def load_base_tokenizer(folder: Path):
         return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as problem:
-        raise BadInput(f"no tokenizer could be loaded from {folder}: {str(problem).strip().splitlines()[0][:200]}") from None
+    except Exception as problem:  # the libraries raise whatever a damaged file makes of them
+        raise BadInput(f"no tokenizer could be loaded from {folder}: {str(problem)[:200]}") from None
 
 
 def encode_lines(tokenizer, lines: list[str]) -> list[list[int]]:
@@ -408,7 +408,10 @@ def find_tables(base: "Weights", tokens: int) -> tuple[list[str], int]:
     """The names of embedding and head in the files, and their rows; BadInput if they are not there, or the tokenizer is of another model."""
     from transformers import AutoConfig
 
-    config, found = AutoConfig.from_pretrained(base.folder), [name for name in base.tensors if name.endswith(EMBEDDINGS + HEADS)]
+    try:
+        config, found = AutoConfig.from_pretrained(base.folder), [name for name in base.tensors if name.endswith(EMBEDDINGS + HEADS)]
+    except Exception as problem:  # the libraries raise whatever a damaged file makes of them
+        raise BadInput(f"{base.folder} is no model that transformers knows: {str(problem)[:200]}") from None
     for endings, needed in ((EMBEDDINGS, True), (HEADS, not config.tie_word_embeddings)):
         if needed and not any(name.endswith(endings) for name in found):
             raise BadInput(f"{base.folder} has no {' or '.join(endings)} in its weights: they are not those of its config.json")

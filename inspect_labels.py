@@ -59,8 +59,8 @@ def main(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as problem:
-        raise BadInput(f"no tokenizer could be loaded from {model_name_or_path}: {str(problem).strip().splitlines()[0][:300]}") from None
+    except Exception as problem:  # the libraries raise whatever a damaged file makes of them
+        raise BadInput(f"no tokenizer could be loaded from {model_name_or_path}: {str(problem)[:200]}") from None
     chat = Chat(tokenizer, template, last_round_only)
     examples, counts = tokenize_records(data_path, chat, max_length, skip_bad_records, unescape_newlines)
 

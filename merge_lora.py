@@ -27,7 +27,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from utils import BadInput, RunStopped, check_adapter, check_model, check_output_dir, cli, fingerprint, show
+from utils import BadInput, RunStopped, check_adapter, check_model, check_output_dir, cli, fingerprint, read_json, show
 
 # Fields of adapter_config.json that peft's merging of plain files honours, or that matter in training alone. Any other that is set
 # is refused: were it ignored, the model would be quietly wrong.
@@ -73,7 +73,7 @@ def main(
 
     # ---- load ----
     base = Weights(local_folder(model_name_or_path, allow_pickle), allow_pickle=allow_pickle)
-    config, beside = json.loads((base.folder / "config.json").read_text("utf-8")), files_beside(base.folder)
+    config, beside = read_json(base.folder / "config.json"), files_beside(base.folder)
     states = [read_adapter(folder, base.folder, allow_pickle) for folder in folders]
     tables = [tensor for state in states for key, tensor in state.items() if is_table(key)]
     model = hollow_model(base, max([carry_tokenizer(folders, beside), *map(len, tables)]), trust_remote_code)
@@ -107,7 +107,7 @@ def read_shares(weights: str | None, count: int) -> list[float] | None:
 
 def check_kind(folder: Path, alone: bool) -> None:
     """BadInput if adapter_config.json asks for anything that is not known here."""
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{folder} is an adapter of type {config.get('peft_type')}: only LORA is merged here")
     if strange := [name for name, value in config.items() if value and name not in KNOWN]:
@@ -121,7 +121,7 @@ def check_kind(folder: Path, alone: bool) -> None:
 def read_adapter(folder: Path, base: Path, allow_pickle: bool) -> dict:
     """The tensors of an adapter in fp32, by the names that peft gives them today; BadInput if it was trained on another base, or not at all."""
     about, given = folder / "yangtuo.json", fingerprint(str(base))
-    trained_on = json.loads(about.read_text("utf-8")).get("base_fingerprint") if about.is_file() else None
+    trained_on = read_json(about).get("base_fingerprint") if about.is_file() else None
     if trained_on and given and trained_on != given:
         raise BadInput(f"{folder} was trained on another base than {base} (fingerprint {trained_on[:12]}, this one has {given[:12]}); "
                        f"if that was the result of an earlier merge, give it as the base")
@@ -129,7 +129,7 @@ def read_adapter(folder: Path, base: Path, allow_pickle: bool) -> dict:
     state = {re.sub(r"\.(default|modules_to_save)(?=\.|$)", "", key): weights.read(key).float() for key in weights.tensors if ".original_module." not in key}
     # of a LoRA these begin at zero; whatever else there is, as rows and whole layers, was trained; tables may be saved as they were
     begun = [key for key in state if not re.search("lora_A|lora_embedding_B|lora_magnitude", key) and not is_table(key)]
-    if begun and not any(state[key].any() for key in begun) and not json.loads((folder / "adapter_config.json").read_text("utf-8")).get("modules_to_save"):
+    if begun and not any(state[key].any() for key in begun) and not read_json(folder / "adapter_config.json").get("modules_to_save"):
         raise BadInput(f"{folder} changes nothing, all its B matrices are zero: it was not trained, or was saved wrongly (tloen/alpaca-lora#446)")
     return state
 
@@ -150,7 +150,10 @@ def carry_tokenizer(folders: list[Path], beside: dict[str, Path]) -> int:
         for name in [name for name in beside if name.startswith(TOKENIZER)]:
             del beside[name]
         beside.update({name: file for name, file in files_beside(folder).items() if name.startswith((*TOKENIZER, "generation_config"))})
-        found = AutoTokenizer.from_pretrained(folder).get_vocab()
+        try:
+            found = AutoTokenizer.from_pretrained(folder).get_vocab()
+        except Exception as problem:  # the libraries raise whatever a damaged file makes of them
+            raise BadInput(f"no tokenizer could be loaded from {folder}: {str(problem)[:200]}") from None
         for token, number in numbers.items():
             if found.get(token) != number:
                 raise BadInput(f"{owner} and {folder} do not go together: token {token!r} is {number} in one and {found.get(token)} in the other")
@@ -169,8 +172,8 @@ def hollow_model(base: "Weights", rows: int, trust_remote_code: bool):
         config.vocab_size = max(config.vocab_size, rows)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as problem:
-        raise BadInput(f"{base.folder} is no causal language model that transformers can load: {str(problem).strip().splitlines()[0][:200]}") from None
+    except Exception as problem:  # the libraries raise whatever a damaged file makes of them
+        raise BadInput(f"{base.folder} is no causal language model that transformers can load: {str(problem)[:200]}") from None
     # not on the meta device, to which peft would move its adapters
     hollow = {p: torch.nn.Parameter(torch.tensor(torch.nan).expand(p.shape), requires_grad=False) for p in model.parameters()}
     for module in model.modules():
@@ -198,16 +201,16 @@ def attach(model, folders: list[Path], states: list[dict], shares: list[float] |
     tied = embedding.weight is head.weight
     # peft looks for trained rows in all adapters behind the first that has some: those with rows come last
     for name, folder, state in sorted(zip(share_of, folders, states), key=lambda given: any("token_adapter" in key for key in given[2])):
-        config = LoraConfig.from_pretrained(folder)
-        config.init_lora_weights = True  # some ways to begin look at the weights of the base
         try:
+            config = LoraConfig.from_pretrained(folder)
+            config.init_lora_weights = True  # some ways to begin look at the weights of the base
             if adapted is None:
                 adapted = get_peft_model(model, config, name, low_cpu_mem_usage=True)
             else:
                 adapted.add_adapter(name, config, low_cpu_mem_usage=True)
             missing = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys() - state.keys()
             unknown = [] if missing else set_peft_model_state_dict(adapted, state, name, low_cpu_mem_usage=True).unexpected_keys
-        except (RuntimeError, IndexError, TypeError, KeyError, ValueError) as problem:
+        except Exception as problem:  # peft raises whatever a damaged configuration makes of it
             raise BadInput(f"{folder} does not fit this model: was it trained on another base, or does one adapter add to what another one replaces? "
                            f"{' '.join(str(problem).split())[:200]}") from None
         if missing:

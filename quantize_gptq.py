@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, check_file, check_model, check_output_dir, check_positive, cli, document_turns, fingerprint,
-                   hold_out, pack, read_rows, row_turns, show, tokenize_documents, tokenize_records)
+                   hold_out, lock_folder, pack, read_json, read_rows, row_turns, show, tokenize_documents, tokenize_records)
 
 MULTIPLE = 32  # of which every size is one: so many codes fill whole words of a file, whatever the bits
 BLOCK = 32  # columns whose errors are passed on together; divides every group
@@ -134,7 +134,8 @@ def main(
     for name, about in (("config.json", config | {"quantization_config": written}), ("quantize_config.json", written)):
         (unfinished / name).write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
     shutil.rmtree(unfinished / "parts")
-    (unfinished / "run.json").unlink()
+    for name in ("run.json", "run.lock"):
+        (unfinished / name).unlink()
     unfinished.rename(Path(output_dir).resolve())
     seconds, size = time.monotonic() - started, sum(file.stat().st_size for file in Path(output_dir).glob("*.safetensors"))
     print(f"{'weights':18}{'perplexity':>10}{'size':>12}{'time':>10}", file=sys.stderr)
@@ -161,7 +162,7 @@ def load_on_disk(model_name_or_path: str, copied: str, trust_remote_code: bool, 
             model_name_or_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied, use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{model_name_or_path} could not be loaded: {str(problem).strip().splitlines()[0][:300]}") from problem
+        raise BadInput(f"{model_name_or_path} could not be loaded: {str(problem)[:300]}") from problem
     if hasattr(model.config, "quantization_config"):
         raise BadInput(f"{model_name_or_path} is quantized: give the 16-bit model that it was made from")
     if missing := sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"]):
@@ -440,15 +441,17 @@ def begin_or_go_on(output_dir: Path, facts: dict, size: float) -> Path:
     """The folder .NAME-unfinished beside output_dir, new or as a run with the same facts left it; BadInput if another run did."""
     unfinished = output_dir.parent / f".{output_dir.name}-unfinished"
     begun = unfinished / "run.json"
-    for name, before in (json.loads(begun.read_text("utf-8")) if begun.is_file() else {}).items():
-        if before != facts[name]:
-            raise BadInput(f"{unfinished} was begun with {name} = {str(before)[:20]}, now it is {str(facts[name])[:20]}: give the same, or remove that folder")
+    lock_folder(unfinished)
+    before = read_json(begun) if begun.is_file() else facts
+    for name in facts:
+        if before.get(name) != facts[name]:
+            raise BadInput(f"{unfinished} was begun with {name} = {str(before.get(name))[:20]}, now it is {str(facts[name])[:20]}: give the same, or remove "
+                           f"that folder")
     if not begun.is_file():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished / "parts", ignore_errors=True)
         if (free := shutil.disk_usage(output_dir.parent).free) < size:
             raise BadInput(f"--output_dir={output_dir} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be written: free some space")
-        (unfinished / "parts").mkdir(parents=True)
+        (unfinished / "parts").mkdir()
         (unfinished / "facts").write_text(json.dumps(facts), "utf-8")
         (unfinished / "facts").rename(begun)  # there whole or not at all
     return unfinished

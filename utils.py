@@ -40,6 +40,9 @@ IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss skips these positions
 class BadInput(ValueError):
     """What the user gave cannot be used: one line that says what, where and how to mend it."""
 
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message).strip())  # what is quoted from a file may hold line breaks
+
 
 class RunStopped(RuntimeError):
     """A run that had begun cannot go on, or ends early; `status` is the exit status."""
@@ -122,6 +125,8 @@ class Chat:
             raise BadInput(f"--template={template} is none of auto, {', '.join(TEMPLATES)}{near}")
         if not tokenizer.is_fast or not tokenizer.eos_token:
             raise BadInput(f"the tokenizer in {tokenizer.name_or_path} lacks {'an eos_token' if tokenizer.is_fast else 'a fast version (tokenizer.json)'}")
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise BadInput(f"the tokenizer_config.json in {tokenizer.name_or_path} has model_max_length {tokenizer.model_max_length!r}: a number belongs there")
         self.tokenizer, self.name, self.template, self.last_round_only, self.new_tokens = tokenizer, tokenizer.name_or_path, template, last_round_only, []
         if template != "auto":
             special_tokens = list(dict.fromkeys(re.findall(r"<\|\w+\|>", TEMPLATES[template])))
@@ -522,7 +527,8 @@ def read_rows(path: str, notes: Counter, document_separator: str | None = None):
     """Yield the rows of a file as dictionaries, before anything is known of their schema."""
     if not os.path.isfile(path):
         raise BadInput(f"{path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
-    if path.endswith(".parquet"):
+    ending = Path(path).suffix.lower()
+    if ending == ".parquet":
         import pyarrow.parquet
 
         try:
@@ -530,13 +536,13 @@ def read_rows(path: str, notes: Counter, document_separator: str | None = None):
                 yield from batch.to_pylist()
         except (ValueError, OverflowError, OSError) as problem:  # ArrowInvalid is a ValueError; a time beyond Python's years overflows
             raise BadInput(f"{path} is not whole Parquet: {str(problem).splitlines()[0]}") from None
-    elif path.endswith(".csv"):
+    elif ending == ".csv":
         csv.field_size_limit(2**31 - 1)
         try:
             yield from csv.DictReader(read_lines(path, notes), strict=True)
         except csv.Error as problem:
             raise BadInput(f"{path} is not whole CSV ({problem}): is it cut off, or a quotation mark not doubled?") from None
-    elif path.endswith(".txt") and document_separator:
+    elif ending == ".txt" and document_separator:
         for blank, lines in itertools.groupby(read_lines(path, notes), key=lambda line: not line.strip()):
             if not blank:
                 yield from ({"text": text.rstrip("\r\n")} for text in (lines if document_separator == "line" else ["".join(lines)]))
@@ -564,7 +570,9 @@ def read_lines(path: str, notes: Counter):
                 line = data.decode("utf-8")
             except UnicodeDecodeError as problem:
                 what = f"its byte {problem.start} is not UTF-8"
-                if "\ufffd" not in data.decode("gb18030", "replace"):
+                if b"\0" in data:
+                    what = f"this is not UTF-8 but looks like UTF-16: mend it with iconv -f UTF-16 -t UTF-8 {path} > new_file"
+                elif "\ufffd" not in data.decode("gb18030", "replace"):
                     what = f"this is not UTF-8 but looks like GBK: mend it with iconv -f GB18030 -t UTF-8 {path} > new_file"
                 raise BadInput(f"{path}, line {number}: {what}") from None
             notes["byte order mark (dropped)"] += number == 1 and line.startswith("\ufeff")
@@ -782,6 +790,8 @@ def convert_flag(name: str, text: str, kind):
         if text not in choices:
             raise BadInput(f"--{name}={text} is not one of {', '.join(choices)}")
         return choices[text]
+    if re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"--{name}={text!r} is not UTF-8")
     words = re.findall(r"\w+", str(kind))  # "int | None", "<class 'float'>", "dict[str, Any] | str | None"
     if "None" in words and text == "None":
         return None
@@ -807,6 +817,8 @@ _COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_s
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
           "early_stopping_patience", "dataloader_num_workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")
+_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256,  # each worker is a process
+         "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0)}
 
 
 def check_positive(**flags: float) -> None:
@@ -819,7 +831,7 @@ def check_positive(**flags: float) -> None:
 def check_numbers(flags: dict) -> None:
     """BadInput where a flag holds a number, but not a possible one."""
     for name, value in flags.items():
-        least, most = (0, 1) if name in _SHARES else (0, 2**32 - 1) if name in ("seed", "data_seed") else (0, math.inf)
+        least, most = 0, _MOST.get(name, 1 if name in _SHARES else math.inf)
         if name in (*_COUNTS, *_SHARES, *_SIZES, "seed", "data_seed") and isinstance(value, (int, float)):
             if not math.isfinite(value) or not least <= value <= most or (name in _COUNTS and value == 0):
                 span = "above zero" if name in _COUNTS else "zero or more" if most == math.inf else f"from {least} to {most}"
@@ -845,9 +857,12 @@ def read_json(path) -> dict:
 
 
 def check_adapter(lora_path: str | None) -> None:
-    """BadInput if a folder is given that is no adapter."""
+    """BadInput if a folder is given that is no adapter, or whose JSON files hold no objects."""
     if lora_path and not Path(lora_path, "adapter_config.json").is_file():
         raise BadInput(f"--lora_path={lora_path} " + ("is no adapter: it has no adapter_config.json" if os.path.isdir(lora_path) else "does not exist"))
+    for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json", "generation_config.json"):
+        if lora_path and Path(lora_path, name).is_file():
+            read_json(Path(lora_path, name))
 
 
 def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: bool = False) -> None:
@@ -863,7 +878,7 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
     indices = sorted(names & {"model.safetensors.index.json", "pytorch_model.bin.index.json"})
     named = {str(file) for index in indices for file in (read_json(folder / index).get("weight_map") or {"": "any file"}).values()}
     missing = sorted(named - names)
-    for file in {"config.json", "tokenizer_config.json", "generation_config.json"} & names:
+    for file in {"config.json", "tokenizer_config.json", "generation_config.json", "yangtuo.json", "quantize_config.json"} & names:
         read_json(folder / file)
     for wrong, what in (
             ("config.json" not in names and "adapter_config.json" in names, f"is a LoRA adapter: give its base as the model and this as --lora_path ({held})"),
@@ -882,7 +897,10 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
 def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_path: str = "") -> None:
     """BadInput if output_dir holds something and this run is not to go on with it; None: it is of a script that cannot."""
     folder = Path(output_dir)
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    except OSError as problem:  # a name that is too long, a loop of links
+        raise BadInput(f"--output_dir={output_dir[:60]}: {problem.strerror}") from None
     if not output_dir or not existing.is_dir() or not os.access(existing, os.W_OK) or (folder.is_symlink() and not folder.exists()):
         raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder that can be written to: give another"))
     if model_name_or_path and Path(model_name_or_path).is_dir() and folder.is_dir() and folder.samefile(model_name_or_path):
@@ -900,10 +918,8 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
 _LOCKS = {}  # file descriptors of this process, by output folder
 
 
-def write_facts(output_dir: str, facts: dict) -> None:
-    """Note in run.json what the run that begins is made of, for resume_point, and keep other runs out of the folder until this one ends."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+def lock_folder(output_dir: str) -> None:
+    """Make a folder, and keep other runs out of it until this process ends."""
     os.makedirs(output_dir, exist_ok=True)
     if (name := str(Path(output_dir).resolve())) in _LOCKS:  # a notebook runs the next cell in the same process
         os.close(_LOCKS.pop(name))
@@ -914,7 +930,13 @@ def write_facts(output_dir: str, facts: dict) -> None:
         raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder") from None
     except OSError:
         pass  # a file system without locks
-    replace_json(Path(output_dir, "run.json"), facts)
+
+
+def write_facts(output_dir: str, facts: dict) -> None:
+    """Note in run.json what the run that begins is made of, for resume_point, and lock the folder."""
+    if os.environ.get("RANK", "0") == "0":
+        lock_folder(output_dir)
+        replace_json(Path(output_dir, "run.json"), facts)
 
 
 def replace_json(path: Path, content: dict) -> None:
@@ -939,9 +961,10 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
     for folder in folders:
         deepspeed = any(folder.glob("global_step*"))  # it keeps optimizer and schedule there
         needed = [folder / name for name in states + ["optimizer.pt", "scheduler.pt"] * (not deepspeed)]
-        with contextlib.suppress(BadInput):
+        with contextlib.suppress(BadInput, TypeError):
             state = read_json(folder / "trainer_state.json")
-            if all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
+            importlib.import_module("transformers.trainer_callback").TrainerState(**state)
+            if isinstance(state.get("global_step"), int) and all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
                 if best := state.get("best_model_checkpoint"):  # the folder may have another name since
                     state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
                     if best != state["best_model_checkpoint"] and os.environ.get("RANK", "0") == "0":
@@ -1049,6 +1072,8 @@ def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuf
     Without those, accelerate would train some blocks twice to make the ranks even; with them batch, accumulation and ranks
     can be traded for one another. Where the order of the data is kept, a block ends where the next example does not fit.
     """
+    if multiple_of > 10**7:
+        raise BadInput(f"a global batch of {multiple_of:,} blocks: lower --per_device_train_batch_size or --gradient_accumulation_steps")
     chosen, blocks, room = list(map(int, chosen)), [], 0
     if packing and shuffle:
         blocks = [[chosen[i] for i in block] for block in pack([lengths[e] for e in chosen], max_length)]

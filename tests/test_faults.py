@@ -15,7 +15,8 @@ import apply_delta
 import finetune
 import inspect_labels
 import merge_lora
-from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, pack, read_records, resume_point, tokenize_records, write_facts
+from quantize_gptq import begin_or_go_on
+from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, make_blocks, pack, read_records, resume_point, tokenize_records, write_facts
 
 
 # ---- what a run goes on from ----
@@ -49,11 +50,14 @@ def test_what_makes_other_weights_is_no_resume(tune, flags, named):  # noqa: F81
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", f"from utils import write_facts; write_facts({str(tmp_path)!r}, {{}}); print('held', flush=True); input()"],
+    half = tmp_path.with_name(f".{tmp_path.name}-unfinished")  # quantize_gptq.py's, until it is whole
+    holder = subprocess.Popen([sys.executable, "-c", f"from utils import *; write_facts({str(tmp_path)!r}, {{}}); lock_folder({str(half)!r}); print('held', flush=True); input()"],
                               cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(BadInput, match="is in use by another run"):
         write_facts(str(tmp_path), {"seed": 2})
+    with pytest.raises(BadInput, match="is in use by another run"):
+        begin_or_go_on(tmp_path, {}, 0)
     assert json.loads((tmp_path / "run.json").read_text()) == {}
     holder.communicate("\n")
     write_facts(str(tmp_path), {"seed": 2})
@@ -178,10 +182,25 @@ def test_a_result_goes_into_an_empty_folder_behind_a_link(tune, tmp_path, model_
         merge_lora.main(model_name_or_path=str(model_folder), lora_path=adapter, output_dir="/proc")
 
 
+def test_a_side_file_of_an_adapter_that_is_not_what_it_should_be_is_named(tune, tmp_path, model_folder):  # noqa: F811
+    whole = Path(tune(max_steps=1)["output_dir"])
+    damages = [(name, text) for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json") for text in ("", "{", "[]", "null")]
+    for number, (name, text) in enumerate([*damages, ("tokenizer.json", "{}"), ("adapter_config.json", '{"peft_type": "LORA", "target_modules": [["q_proj"]]}')]):
+        shutil.copytree(whole, adapter := tmp_path / str(number))
+        (adapter / name).write_text(text)
+        with pytest.raises(BadInput, match=str(adapter)):
+            merge_lora.main(model_name_or_path=str(model_folder), lora_path=str(adapter), output_dir=str(tmp_path / "merged"))
+        assert not (tmp_path / "merged").exists()
+
+
+def test_what_a_message_quotes_stays_one_line():
+    assert str(BadInput("a turn lacks 'role':\n  ```bash\r\ngit\n")) == "a turn lacks 'role': ```bash git"
+
+
 # ---- numbers ----
 @pytest.mark.parametrize("flag, text", [
     *((flag, text) for flag in ("learning_rate", "warmup_steps", "eval_size", "lora_dropout", "max_grad_norm", "weight_decay") for text in ("nan", "inf", "-1")), ("lora_dropout", "2"), ("seed", "-1"),
-    ("seed", "4294967296"), ("adam_beta1", "2"), ("adam_epsilon", "-1"), ("dataloader_num_workers", "-1"), ("neftune_noise_alpha", "-1"), ("num_train_epochs", "0"), ("lora_alpha", "nan"), ("max_length", "0")])
+    ("seed", "4294967296"), ("adam_beta1", "2"), ("adam_beta1", "1"), ("adam_epsilon", "-1"), ("dataloader_num_workers", "-1"), ("dataloader_num_workers", "4294967296"), ("neftune_noise_alpha", "-1"), ("num_train_epochs", "0"), ("lora_alpha", "nan"), ("max_length", "0")])
 def test_a_number_that_cannot_be_meant_is_refused_before_anything_runs(flag, text):
     import finetune_lora
 
@@ -194,6 +213,11 @@ def test_the_flags_of_a_notebook_are_checked_as_well(tune):  # noqa: F811
         with pytest.raises(BadInput, match=f"--{next(iter(flags))}="):
             tune(**flags)
     check_numbers({"learning_rate": 0.0, "seed": 0, "template": "alpaca", "eval_size": 100})
+
+
+def test_a_global_batch_without_end_is_refused():
+    with pytest.raises(BadInput, match="a global batch of"):
+        make_blocks([3, 2], range(2), 8, True, True, 10**13)
 
 
 def test_packing_takes_no_memory_for_a_length_that_nothing_has():

@@ -111,6 +111,7 @@ def test_bad_records_can_be_dropped_and_are_counted(tmp_path, capsys):
     (b'[{"instruction": "a", "output": "b"}, {"instr', "line 1: not whole JSON"),
     (b'{"instruction": "a", "output": "b"}\n{"instruction": "a"', "line 2: not whole JSON"),
     ('{"instruction": "问", "output": "答"}'.encode("gb18030"), "looks like GBK.*iconv"),
+    ('{"instruction": "问", "output": "答"}'.encode("utf-16-le"), "looks like UTF-16.*iconv"),
     (b'{"instruction": "\xff\xfe\xfd"}', "byte 17 is not UTF-8"),
 ])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, data, reason):

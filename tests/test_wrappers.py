@@ -1,6 +1,7 @@
 """Each wrapper starts the script of its name, with flags that the script has, and a wrapper of training says first what the run will take."""
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -43,6 +44,13 @@ def test_the_estimate_is_asked_for_the_very_run_whatever_stands_in_the_variables
     assert calls("bash", wrapper, MODEL_PATH="m", NODE_RANK=AWKWARD, NNODES=AWKWARD)[-1].count(AWKWARD) == 2 and not list(tmp_path.glob("broken"))
     for changes in (["--help"], {}), ([], {"NODE_RANK": "1"}), ([], {"CHECK_MEMORY": "off"}):  # nothing is asked
         assert [call[0] for call in calls("bash", wrapper, *changes[0], MODEL_PATH="m", **changes[1]) if call[1:2] != ["-c"]] == ["torchrun"]
+
+
+@pytest.mark.parametrize("wrapper", sorted(set(WRAPPERS) - set(TRAINING)), ids=lambda path: path.name)
+def test_whatever_stands_in_a_variable_reaches_the_script_as_it_is(calls, wrapper, tmp_path):
+    names = set(re.findall(r"^([A-Z_]+)=\$\{\1:-", wrapper.read_text("utf-8"), re.M)) - {"TOT_CUDA"}
+    words = calls("bash", wrapper, **{name: f"{AWKWARD} {name}" for name in names})[-1]
+    assert {f"{AWKWARD} {name}" for name in names} <= set(words) and not list(tmp_path.rglob("broken"))
 
 
 def start(tmp_path, wrapper, *flags, cards: str = "", **environment) -> tuple[int, list[str], bool]:
