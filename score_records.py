@@ -26,9 +26,9 @@ def load_rules(rules: str) -> dict[str, tuple[float, Callable]]:
     try:
         spec.loader.exec_module(module)
     except Exception as problem:
-        raise BadInput(f"--rules: {path} cannot be run: {type(problem).__name__}: {str(problem).strip().splitlines()[0]}") from None
+        raise BadInput(f"--rules: {path} cannot be run: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}") from None
     known, loaded = {name: rule for name, rule in vars(module).items() if inspect.isfunction(rule) and not name.startswith("_")}, {}
-    for name, equals, weight in (part.strip().partition("=") for part in chosen.split(",")):
+    for name, _, weight in (part.strip().partition("=") for part in chosen.split(",")):
         if name not in known:
             near = "".join(f": did you mean {name}?" for name in difflib.get_close_matches(name, known, n=1))
             raise BadInput(f"--rules: {path} has no rule {name!r}{near or ', it has ' + ', '.join(known)}")
@@ -36,7 +36,7 @@ def load_rules(rules: str) -> dict[str, tuple[float, Callable]]:
             loaded[name] = float(weight), known[name]
             inspect.signature(known[name]).bind("", "", True, {})
         except (ValueError, TypeError) as problem:
-            what = "must take (prompt, answer, finished, record)" if isinstance(problem, TypeError) else f"needs a weight, such as {name}=1, not {equals}{weight}"
+            what = "must take (prompt, answer, finished, record)" if isinstance(problem, TypeError) else f"needs a weight, such as {name}=1"
             raise BadInput(f"--rules: the rule {name} {what}") from None
         if not math.isfinite(loaded[name][0]):
             raise BadInput(f"--rules: the weight of {name} is {weight}, a finite number belongs there")
@@ -51,7 +51,7 @@ def run_rules(rules: dict, messages: list[dict], answer: str, finished: bool, re
             said[name] = float(rule(messages[-1]["content"], answer, finished, record))
         except Exception as problem:
             line = traceback.extract_tb(problem.__traceback__)[-1].lineno
-            raise BadInput(f"{where}: the rule {name} raised {type(problem).__name__} in line {line}: {str(problem).strip()[:200]}") from None
+            raise BadInput(f"{where}: the rule {name} raised {type(problem).__name__} in line {line}: {' '.join(str(problem).split())[:200]}") from None
         if not math.isfinite(said[name]):
             raise BadInput(f"{where}: the rule {name} gives {said[name]}, a finite number belongs there")
     return said
