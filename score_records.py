@@ -55,3 +55,73 @@ def run_rules(rules: dict, messages: list[dict], answer: str, finished: bool, re
         if not math.isfinite(said[name]):
             raise BadInput(f"{where}: the rule {name} gives {said[name]}, a finite number belongs there")
     return said
+
+
+# ==== reward ====
+def check_reward(reward_model: str, allow_pickle: bool = False) -> None:
+    """BadInput, without torch, if a folder is no reward model: neither ...ForSequenceClassification with one label nor an adapter of that."""
+    folder = Path(reward_model)
+    if (folder / "adapter_config.json").is_file():
+        check_whole(folder)
+        if (task := read_json(folder / "adapter_config.json").get("task_type")) != "SEQ_CLS":
+            raise BadInput(f"--reward_model={reward_model} is an adapter of the kind {task}, which gives no rewards: train one with train_reward.py")
+        return
+    check_model(reward_model, allow_pickle)
+    kinds = read_json(folder / "config.json").get("architectures") or ["nothing known"] if folder.is_dir() else []
+    if kinds and not kinds[0].endswith("ForSequenceClassification"):
+        raise BadInput(f"--reward_model={reward_model} is a {kinds[0]}, which gives no rewards: train one from it with train_reward.py")
+
+
+def load_reward(reward_model: str, base: str | None = None, **given):
+    """(model, Chat) of a folder that check_reward takes; `base`: of an adapter, where it is not what its adapter_config.json says.
+
+    `given` goes to from_pretrained. Each model writes a dialogue in its own template and ids: text goes from one to the other, never ids.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    is_adapter = Path(reward_model, "adapter_config.json").is_file()
+    base = reward_model if not is_adapter else base or read_json(Path(reward_model, "adapter_config.json"))["base_model_name_or_path"]
+    tokenizer = load(AutoTokenizer, reward_model, trust_remote_code=given.get("trust_remote_code", False))
+    chat = Chat(tokenizer, last_round_only=True)  # of a dialogue the last answer is judged
+    model = load(AutoModelForSequenceClassification, base, output_loading_info=not is_adapter, **{"num_labels": 1} if is_adapter else {}, **given)
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise BadInput(f"--reward_model={reward_model} gives {model.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
+    if is_adapter:
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # rows of its template's tokens, which the adapter brings
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model = load_adapter(model, reward_model, base).get_base_model()
+    model.score.float()  # in 16 bit two good answers would often get one reward
+    return model.eval(), chat
+
+
+def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) -> list[int]:
+    """What a reward model reads: the dialogue up to the answer's stop token; of a cut answer up to its last token, and nothing behind it."""
+    *prompt, (ids, _), _ = chat.encode([*messages, {"role": "assistant", "content": answer}])
+    if not finished:
+        ids = ids[:-1]  # the stop token; before it a template may have a blank or a line break of its own
+        decoded = lambda ids: chat.tokenizer.decode(ids, skip_special_tokens=True)
+        before, said, _ = decoded(ids).rpartition(answer)
+        while ids and decoded(ids[:-1]).startswith(before + said):
+            ids = ids[:-1]
+    return [i for part, _ in prompt for i in part] + ids
+
+
+def read_rewards(model, rows: list[list[int]], batch_size: int):
+    """Yield (number of the row, its reward), the longest rows first: each is read at its last token, batch_size rows of like length together.
+
+    `model` needs base_model (ids to hidden states) and score (hidden states to rewards). Reading at the last id that is no padding, as
+    transformers does, would miss a stop token that is the padding as well: then a cut answer would get the reward of a finished one.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    for begin in range(0, len(rows), batch_size):
+        batch = order[begin : begin + batch_size]
+        ids = pad_sequence([torch.tensor(rows[number]) for number in batch], batch_first=True).to(model.device)  # (B, T), padded right with 0
+        last = torch.tensor([len(rows[number]) - 1 for number in batch], device=model.device)
+        with torch.inference_mode():
+            mask = (torch.arange(ids.shape[1], device=model.device) <= last[:, None]).long()
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, d)
+            rewards = model.score(hidden[torch.arange(len(batch), device=model.device), last].float())[:, 0]
+        yield from zip(batch, rewards.tolist())
