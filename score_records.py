@@ -77,13 +77,18 @@ def load_reward(reward_model: str, base: str | None = None, **given):
 
     `given` goes to from_pretrained. Each model writes a dialogue in its own template and ids: text goes from one to the other, never ids.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
     is_adapter = Path(reward_model, "adapter_config.json").is_file()
     base = reward_model if not is_adapter else base or read_json(Path(reward_model, "adapter_config.json"))["base_model_name_or_path"]
     tokenizer = load(AutoTokenizer, reward_model, trust_remote_code=given.get("trust_remote_code", False))
     chat = Chat(tokenizer, last_round_only=True)  # of a dialogue the last answer is judged
-    model = load(AutoModelForSequenceClassification, base, output_loading_info=not is_adapter, **{"num_labels": 1} if is_adapter else {}, **given)
+    verbosity = logging.get_verbosity()
+    if is_adapter:
+        given["num_labels"] = 1
+        logging.set_verbosity_error()  # the head that the base lacks comes with the adapter
+    model = load(AutoModelForSequenceClassification, base, output_loading_info=not is_adapter, **given)
+    logging.set_verbosity(verbosity)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         raise BadInput(f"--reward_model={reward_model} gives {model.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
     if is_adapter:
@@ -100,8 +105,8 @@ def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) ->
     if not finished:
         ids = ids[:-1]  # the stop token; before it a template may have a blank or a line break of its own
         decoded = lambda ids: chat.tokenizer.decode(ids, skip_special_tokens=True)
-        before, said, _ = decoded(ids).rpartition(answer)
-        while ids and decoded(ids[:-1]).startswith(before + said):
+        before, said, _ = decoded(ids).rpartition(answer if answer in decoded(ids) else answer.strip())  # ziya strips it
+        while said and decoded(ids[:-1]).startswith(before + said):
             ids = ids[:-1]
     return [i for part, _ in prompt for i in part] + ids
 
