@@ -558,6 +558,7 @@ def load_reward(reward_model: str, base: str | None = None, **given):
     return model.eval(), chat
 
 
+# ==== read rewards ====
 def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) -> list[int]:
     """What a reward model reads: the dialogue up to the answer's stop token; of a cut answer up to its last token, and nothing behind it."""
     *prompt, (ids, _), _ = chat.encode([*messages, {"role": "assistant", "content": answer}])

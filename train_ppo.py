@@ -33,8 +33,8 @@ from types import MethodType, SimpleNamespace
 from typing import Literal
 
 from utils import (SHORTEST, BadInput, Chat, RunStopped, can_pack, check_disk, check_file, check_model, check_numbers, check_output_dir, check_positive,
-                   check_ranks, check_tokenizer, clean_messages, cli, file_hash, fingerprint, pack, read_json, read_rows, replace_json, resume_point, row_turns, show,
-                   whole_folder, write_facts)
+                   check_ranks, check_tokenizer, clean_messages, cli, draw_curves, file_hash, fingerprint, pack, read_json, read_rows, replace_json,
+                   resume_point, row_turns, show, whole_folder, write_facts)
 
 
 def main(
@@ -71,7 +71,6 @@ def main(
     per_device_train_batch_size: int = 1,
     learning_rate: float = 1e-4,
     lr_scheduler_type: str = "constant",
-    warmup_steps: float = 0,
     max_grad_norm: float = 1.0,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
@@ -120,7 +119,6 @@ def main(
         per_device_train_batch_size: Blocks per step and GPU.
         learning_rate: Peak of the schedule.
         lr_scheduler_type: Schedule: cosine, linear, constant_with_warmup or another of transformers.
-        warmup_steps: Steps of linear warm-up: a number, or a share below 1.
         max_grad_norm: A longer gradient is shortened to this.
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
@@ -141,8 +139,8 @@ def main(
     # ---- load ----
     import torch  # these imports take seconds: they wait until the flags are understood
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, get_scheduler, set_seed
     from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, get_scheduler, set_seed
 
     judges = load_rules(rules) if rules else {}
     config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
@@ -154,7 +152,7 @@ def main(
     if max_length > (context := getattr(config, "max_position_embeddings", None) or max_length):
         raise BadInput(f"--max_length={max_length} is more than the model's context of {context}")
     prompts = read_prompts(data_path, chat, max_length - max_new_tokens, skip_bad_records)
-    args, precision = make_ranks(precision)
+    args, precision = join_ranks(precision)
     if rollout_batch_size % args.world_size:
         raise BadInput(f"--rollout_batch_size={rollout_batch_size} prompts cannot be shared among {args.world_size} ranks: give a multiple of it")
 
@@ -167,51 +165,47 @@ def main(
     attention, dtype = choose_attention(skeleton, precision, max_length), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     quantization = None if bits == 16 else BitsAndBytesConfig(  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    given = dict(dtype=dtype, device_map={"": args.device}, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True,
-                 output_loading_info=True)
-    base = load(AutoModelForCausalLM, model_name_or_path, quantization_config=quantization, attn_implementation=attention, **given)
-    about, base.generation_config = base.generation_config, GenerationConfig(  # what the folder says of top_p and the like would shape the sampling as well
+    given = dict(dtype=dtype, device_map={"": args.device}, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code)
+    base = load(AutoModelForCausalLM, model_name_or_path, quantization_config=quantization, attn_implementation=attention, output_loading_info=True, **given)
+    configured, base.generation_config = base.generation_config, GenerationConfig(  # a model's own top_k, say, would sample from what is not scored
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0],
         suppress_tokens=list(range(len(chat.tokenizer), base.get_input_embeddings().weight.shape[0])) or None)  # rows that no token has
     set_seed(seed)  # every rank makes the same adapters
     targets = lora_target_modules if lora_target_modules == "all-linear" else [name.strip() for name in lora_target_modules.split(",")]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_alpha=lora_alpha, target_modules=targets)  # no dropout: all passes have to agree
+    lora = LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_alpha=lora_alpha, target_modules=targets)  # without dropout: all passes have to agree
     model = get_peft_model(base, lora)
-    judge = load_judge(model, reward_model, given, facts["base_fingerprint"]) if reward_model else None
+    judge = load_judge(model, reward_model, facts["base_fingerprint"], given) if reward_model else None
     critic = add_critic(model, lora, judge) if advantage == "gae" else None
     speed_up_lora(model)
-    for module in model.modules():  # with dropout the log-probabilities of an answer would never be the same twice
+    for module in model.modules():  # nor may the base drop anything
         vars(module).update({name: 0.0 for name in ("attention_dropout", "p") if isinstance(vars(module).get(name), float)})
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for name, p in model.named_parameters() if ".default." in name or ".critic." in name] + ([critic.weight] if critic else [])
     optimizer = torch.optim.AdamW(trained, learning_rate, eps=1e-5, weight_decay=0.0)
-    schedule = get_scheduler(lr_scheduler_type, optimizer, int(warmup_steps * (max_steps if warmup_steps < 1 else 1)), max_steps)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
+    schedule, scaler = get_scheduler(lr_scheduler_type, optimizer, 0, max_steps), torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
     torch.manual_seed(seed + args.process_index)  # from here on the ranks differ: they sample
     check_disk(output_dir, 4 * 12 * sum(p.numel() for p in trained))  # three checkpoints with two moments of AdamW, and the result
-    kept = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    log = begin_run(output_dir, facts, checkpoint, trained, kept, args)
+    log = begin_run(output_dir, facts, checkpoint, trained, kept := {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}, args)
+    save = partial(save_policy, model=model, chat=chat, configured=configured, facts=facts)
     head, autocast = base.get_output_embeddings(), partial(torch.autocast, args.device.type, dtype, enabled=precision != "fp32")
-    save = partial(save_policy, model=model, chat=chat, about=about, facts=facts)
     when_sampling = "sdpa" if attention == "documents" else base.config._attn_implementation
 
     def states(adapter: str | None, batch: list[dict]):
         model.set_adapter(adapter or "default")
-        with contextlib.nullcontext() if adapter else model.disable_adapter():  # None: the model as the run started
+        with autocast(), contextlib.nullcontext() if adapter else model.disable_adapter():  # None: the model as the run started
             return answer_states(base, batch, packed=attention is not None)
 
     def log_probs(adapter: str | None, batch: list[dict]):
+        hidden, tokens = states(adapter, batch)
         with autocast():
-            return token_log_probs(*states(adapter, batch), head, temperature, len(chat.tokenizer))
+            return token_log_probs(hidden, tokens, head, temperature, len(chat.tokenizer))
 
     def values(batch: list[dict]):
-        with autocast():
-            hidden, _ = states("critic", batch)
-        return critic(hidden.float())[:, 0]
+        return critic(states("critic", batch)[0].float())[:, 0]
 
     # ---- train ----
-    start, tokens = time.perf_counter(), Counter()
+    start, seen = time.perf_counter(), Counter()
     for step in range(len(log), max_steps):
         # Sample a group of answers to each prompt of this rank
         clock = [time.perf_counter()]
@@ -223,30 +217,34 @@ def main(
             sample(base.eval(), chat, answers, per_device_rollout_batch_size)
         clock.append(time.perf_counter())
 
-        # Score them. Text goes to the reward model, which has a template of its own
+        # Score them: text goes to the reward model, whose template and tokens are its own
         for answer in answers:
             answer["rules"] = run_rules(judges, answer["messages"], answer["text"], answer["finished"], answer["record"], answer["where"])
             answer["score"] = sum(judges[name][0] * said for name, said in answer["rules"].items()) - missing_eos_penalty * (not answer["finished"])
         if judge:
-            rows = [reward_ids(judge.chat, answer["messages"], answer["text"], answer["finished"]) for answer in answers]
             model.set_adapter("reward" if judge.shared else "default")
+            rows = [reward_ids(judge.chat, answer["messages"], answer["text"], answer["finished"]) for answer in answers]
             with autocast():
                 for i, reward in read_rewards(judge, rows, per_device_rollout_batch_size):
                     answers[i].update(reward_model=reward, score=answers[i]["score"] + reward)
         clock.append(time.perf_counter())
 
-        # Measure them in the blocks in which they are learned from, so that ratios begin at exactly 1
+        # Measure them in the very blocks that are learned from below, so that ratios begin at exactly 1
         base.train().set_attn_implementation(attention or when_sampling)
-        mini_batches = deal([len(answer["prompt"] + answer["ids"]) for answer in answers], num_mini_batches, per_device_train_batch_size * max_length)
-        for batch in ([answers[i] for i in block] for block in sum(mini_batches, [])):
+        order, lengths = torch.randperm(len(answers)).tolist(), [len(answer["prompt"] + answer["ids"]) for answer in answers]
+        parts = [order[k::num_mini_batches] for k in range(num_mini_batches)]
+        mini_batches = [[[answers[part[i]] for i in block] for block in pack([lengths[e] for e in part], max_length * per_device_train_batch_size)]
+                        for part in parts]
+        for batch in sum(mini_batches, []):
             with torch.no_grad():
                 old = log_probs("default", batch)
                 known = {"old": old, "k1": old - log_probs(None, batch)} | ({"values": values(batch)} if critic else {})
             for name, tensor in known.items():
                 for answer, part in zip(batch, tensor.split([len(answer["ids"]) for answer in batch])):
                     answer[name] = part
-        for answer in answers:
-            answer["rewards"] = token_rewards(answer["k1"], answer["score"], kl_coef)
+        for answer in answers:  # the KL all along, the score on the last token: the stop token, unless the answer was cut
+            answer["rewards"] = -kl_coef * answer["k1"]
+            answer["rewards"][-1] += answer["score"]
             if critic:
                 answer["advantages"], answer["returns"] = gae(answer["rewards"], answer["values"], gamma, gae_lambda)
         if critic:
@@ -256,25 +254,27 @@ def main(
                 compare_group(answers[i : i + num_generations], advantage)
 
         # Learn. An answer token counts the same wherever it is: a mini-batch is divided by those of all ranks
-        counts, sums = add_up(args, [sum(len(answers[i]["ids"]) for block in blocks for i in block) for blocks in mini_batches]), Counter()
-        for blocks, count in list(zip(mini_batches, counts)) * ppo_epochs:
-            for batch in ([answers[i] for i in block] for block in blocks):
-                old, advantages, *critics = (torch.cat([answer[name] for answer in batch]) for name in ("old", "advantages", "values", "returns") if name in batch[0])
+        counts, sums = add_up(args, [sum(len(answer["ids"]) for batch in mini_batch for answer in batch) for mini_batch in mini_batches]), Counter()
+        for mini_batch, count in list(zip(mini_batches, counts)) * ppo_epochs:
+            for batch in mini_batch:
+                names = [name for name in ("old", "advantages", "values", "returns") if name in batch[0]]
+                old, advantages, *known = (torch.cat([answer[name] for answer in batch]) for name in names)
                 loss, clipped = policy_loss(log_probs("default", batch), old, advantages, clip_range)
                 scaler.scale(loss / count).backward()
                 sums.update(loss=float(loss.detach()), clipped=int(clipped), learned=len(old))
                 if critic:
-                    loss = value_loss(values(batch), *critics, clip_range)
+                    loss = value_loss(values(batch), *known, clip_range)
                     scaler.scale(value_coef * loss / count).backward()
                     sums.update(value_loss=float(loss.detach()))
-            sums["grad_norm"] += change(trained, optimizer, scaler, max_grad_norm, args, step) if count else 0
+            if count:
+                sums.update(steps=1, grad_norm=change(trained, optimizer, scaler, max_grad_norm, args, step))
         schedule.step()
         clock.append(time.perf_counter())
 
         # Look
         log.append({"step": step + 1} | figures(answers, num_generations, sums, args) | {
-            "grad_norm": sums["grad_norm"] / len(counts) / ppo_epochs, "seconds": dict(zip(("sample", "score", "learn"), (b - a for a, b in zip(clock, clock[1:]))))})
-        tokens.update(all=sum(len(answer["prompt"] + answer["ids"]) for answer in answers), answers=sum(len(answer["ids"]) for answer in answers))
+            "grad_norm": sums["grad_norm"] / sums["steps"], "seconds": dict(zip(("sample", "score", "learn"), (b - a for a, b in zip(clock, clock[1:]))))})
+        seen.update(tokens=sum(lengths), answers=sum(len(answer["ids"]) for answer in answers))
         if args.process_index == 0:
             tell(log[-1], max_steps, answers[:: len(answers) // 3 or 1][:3] if step % logging_steps == 0 else [])
             with open(Path(output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
@@ -284,173 +284,155 @@ def main(
             save_checkpoint(output_dir, log, trained, kept, args, save)
 
     # ---- save ----
+    seconds, (tokens, supervised) = time.perf_counter() - start, add_up(args, [seen["tokens"], seen["answers"]])
     if args.process_index == 0:
-        saving_in = Path(output_dir, ".saving")
-        save(saving_in)
-        saved = load_file(saving_in / "adapter_model.safetensors")
-        if not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
-            raise RunStopped(f"the adapter in {saving_in} changes nothing, all its B matrices are zero: was the learning rate zero, or every advantage?")
+        save(saving_in := Path(output_dir, ".saving"))
+        if not any(tensor.any() for name, tensor in load_file(saving_in / "adapter_model.safetensors").items() if "lora_B" in name):
+            raise RunStopped(f"the adapter in {saving_in} changes nothing, all its B matrices are zero: did no answer ever do better than another?")
         for file in sorted(saving_in.iterdir(), key=lambda file: not file.name.endswith(".safetensors")):
             file.replace(Path(output_dir, file.name))
         saving_in.rmdir()
-        draw(log, Path(output_dir, "curves.png"))
-        seconds = time.perf_counter() - start
+        panels = {"mean score": ["reward"], "KL, nats a token": ["kl"], "tokens an answer": ["length"], "share finished": ["finished"]}
+        draw_curves([{name: entry[name] for name in ("step", *sum(panels.values(), []))} for entry in log], panels, Path(output_dir, "curves.png"))
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"tokens": tokens["all"], "supervised_tokens": tokens["answers"], "seconds": round(seconds, 2), "tokens_per_second":
-                          round(tokens["all"] / seconds, 1), "train_loss": log[-1]["loss"], "eval_loss": None, "peak_memory_bytes": peak, "output_dir": output_dir}
-                         | {name: log[-1][name] for name in ("reward", "finished", "length", "kl")}, ensure_ascii=False))
+        report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+                  "train_loss": log[-1]["loss"], "eval_loss": None, "peak_memory_bytes": peak, "output_dir": output_dir}
+        print(json.dumps(report | {name: log[-1][name] for name in ("reward", "finished", "length", "kl")}))
 
 
 # ---- what goes in ----
 def check_ppo(flags: dict) -> None:
     """What can be refused before torch is imported; then the flags are shown."""
     if flags["deepspeed"]:
-        raise BadInput("--deepspeed: under ZeRO-3 each token of an answer would gather every layer, and ZeRO-2 has nothing to spread where LoRA trains so little: "
-                       "leave it out. A base that one GPU cannot hold fits in 4 bit (--bits 4); beyond that README shows OpenRLHF and verl")
+        raise BadInput("--deepspeed: ZeRO-3 would gather every layer for every token of an answer, and LoRA leaves ZeRO-2 next to nothing to spread: leave it "
+                       "out. A base that is too large for one GPU may fit in 4 bit (--bits 4); beyond that, README shows OpenRLHF and verl")
     check_file("data_path", flags["data_path"])
-    if Path(flags["model_name_or_path"], "adapter_config.json").is_file() and not Path(flags["model_name_or_path"], "config.json").is_file():
-        raise BadInput(f"--model_name_or_path={flags['model_name_or_path']} is an adapter: merge it into its base first (merge_lora.py), since the KL is "
-                       f"taken to the model without the adapter of this run")
-    check_model(flags["model_name_or_path"], flags["allow_pickle"])
-    check_output_dir(flags["output_dir"], flags["resume"], flags["model_name_or_path"])
+    folder, judge = Path(flags["model_name_or_path"]), Path(flags["reward_model"] or "")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise BadInput(f"--model_name_or_path={folder} is an adapter: merge it into its base first (merge_lora.py), so that the KL is taken to both")
+    check_model(str(folder), flags["allow_pickle"])
+    check_output_dir(flags["output_dir"], flags["resume"], str(folder))
     check_numbers(flags)
-    check_positive(**{name: flags[name] for name in (
-        "rollout_batch_size", "num_generations", "per_device_rollout_batch_size", "temperature", "ppo_epochs", "num_mini_batches", "max_steps", "clip_range",
-        "max_grad_norm", "max_kl")})
-    for name, most in (("kl_coef", math.inf), ("value_coef", math.inf), ("gamma", 1), ("gae_lambda", 1)):
+    check_positive(**{name: flags[name] for name in ("rollout_batch_size", "num_generations", "per_device_rollout_batch_size", "temperature", "ppo_epochs",
+                                                     "num_mini_batches", "max_steps", "clip_range", "max_grad_norm", "max_kl")})
+    for name, most in {"kl_coef": math.inf, "value_coef": math.inf, "missing_eos_penalty": math.inf, "gamma": 1, "gae_lambda": 1}.items():
         if not 0 <= flags[name] <= most:
             raise BadInput(f"--{name}={flags[name]} must be " + ("zero or more" if most > 1 else "from 0 to 1"))
-    if not flags["rules"] and not flags["reward_model"]:
-        raise BadInput("nothing judges the answers: give --rules sample/rules.py:finished=1,chinese=1, or --reward_model, or both")
     if flags["reward_model"]:
-        folder = Path(flags["reward_model"])
-        adapter = (folder / "adapter_config.json").is_file()
-        about = read_json(folder / ("adapter_config.json" if adapter else "config.json"))
-        kind = about.get("task_type") if adapter else (about.get("architectures") or ["nothing known"])[0]
-        if not str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")):
-            raise BadInput(f"--reward_model={folder} is of the kind {kind}, which gives no rewards: train one with train_reward.py")
-    if flags["advantage"] != "gae" and flags["num_generations"] < 2:
-        raise BadInput(f"--num_generations={flags['num_generations']}: {flags['advantage']} compares answers to one prompt: give 2 or more (4 to 16), or --advantage gae")
+        about = read_json(judge / ("adapter_config.json" if (judge / "adapter_config.json").is_file() else "config.json"))
+        if not any(str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")) for kind in (about.get("task_type"), *(about.get("architectures") or []))):
+            raise BadInput(f"--reward_model={judge} gives no rewards: train one with train_reward.py")
+    elif not flags["rules"]:
+        raise BadInput("nothing judges the answers: give --rules, such as sample/rules.py:finished=1,chinese=1, or --reward_model, or both")
+    if flags["num_generations"] < 2 and flags["advantage"] != "gae":
+        raise BadInput(f"--num_generations={flags['num_generations']}: {flags['advantage']} compares answers to one prompt, give 2 or more, or --advantage gae")
     if flags["max_new_tokens"] >= flags["max_length"]:
         raise BadInput(f"--max_new_tokens={flags['max_new_tokens']} leaves no room for a prompt in --max_length={flags['max_length']}")
     show(flags)
 
 
 def facts_of(flags: dict) -> dict:
-    """What a run must have in common with the one it goes on from: all but the flags that do not make the weights, and what is in its files."""
-    may_change = {"output_dir", "resume", "max_steps", "logging_steps", "save_steps", "trust_remote_code", "allow_pickle", "deepspeed", "max_kl",
-                  "model_name_or_path", "data_path", "reward_model"}
-    judges = Path(flags["reward_model"] or "", "adapter_model.safetensors")
+    """What a run must have in common with the one it goes on from: all flags but those that do not make the weights, and what is in its files."""
+    may_change = {"output_dir", "resume", "max_steps", "max_kl", "logging_steps", "save_steps", "trust_remote_code", "allow_pickle", "deepspeed",
+                  "model_name_or_path"}
+    judge, base = flags["reward_model"] or "", flags["model_name_or_path"]
+    adapter = Path(judge, "adapter_model.safetensors")
     return {name: value for name, value in flags.items() if name not in may_change} | {
         "data_path": file_hash(flags["data_path"]), "rules_file": flags["rules"] and file_hash(flags["rules"].rpartition(":")[0]),
-        "reward_model": flags["reward_model"] and (file_hash(judges) if judges.is_file() else fingerprint(flags["reward_model"])),
-        "base": flags["model_name_or_path"], "base_fingerprint": fingerprint(flags["model_name_or_path"])}
+        "reward_model": judge and (file_hash(adapter) if adapter.is_file() else fingerprint(judge)), "base": base, "base_fingerprint": fingerprint(base)}
 
 
 def read_prompts(data_path: str, chat: Chat, room: int, skip_bad_records: bool) -> list[dict]:
-    """Records that end in a question, as {"messages", "prompt": token ids, at most `room`, "record": the row, "where"}."""
+    """The records of a file, each of which ends in a question, as {"messages", "prompt": at most `room` token ids, "record": the row, "where"}."""
     prompts, bad = [], []
     for number, row in enumerate(read_rows(data_path, Counter())):
         try:
-            messages = clean_messages(row_turns(as_record(row), Counter()), False, Counter())
+            record = row
+            if isinstance(row, dict) and "prompt" in row and not {"messages", "output"} & row.keys():  # {"prompt": text}, or messages, as verl has them
+                name = "instruction" if isinstance(row["prompt"], str) else "messages"
+                record = {name: row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
+            messages = clean_messages(row_turns(record, Counter()), False, Counter())
             if not messages or messages[-1]["role"] not in ("user", "tool"):
-                raise BadInput("it ends in an answer, and a prompt ends in a question: score_records.py --keep prompts writes such files" if messages else "it asks nothing")
+                raise BadInput("it ends in an answer where a question belongs: score_records.py --keep prompts writes such files")
             ids = [i for part, _ in chat.encode(messages, add_generation_prompt=True) for i in part]
             if len(ids) > room:
-                raise BadInput(f"the prompt has {len(ids)} tokens, --max_length and --max_new_tokens leave it {room}: raise the one, or lower the other")
+                raise BadInput(f"the prompt has {len(ids)} tokens, --max_length less --max_new_tokens leaves it {room}: raise the one or lower the other")
             prompts.append({"messages": messages, "prompt": ids, "record": row, "where": f"{data_path}, record {number}"})
         except BadInput as problem:
             bad.append(f"{data_path}, record {number}: {problem}")
             if not skip_bad_records:
                 raise BadInput(bad[0]) from None
-    if bad and os.environ.get("RANK", "0") == "0":
+    if bad:
         print(f"dropped {len(bad)} bad records:", *bad[:3], sep="\n  ", file=sys.stderr)
     if not prompts:
         raise BadInput(f"{data_path} holds no prompt")
     return prompts
 
 
-def as_record(row):
-    """A row of records, of {"prompt": text}, or of verl's {"prompt": messages}, as row_turns takes it."""
-    if isinstance(row, dict) and "prompt" in row and not {"messages", "output"} & row.keys():
-        row = {"instruction" if isinstance(row["prompt"], str) else "messages": row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
-    return row
-
-
 def prompt_at(place: int, count: int, shuffle: bool, seed: int) -> int:
-    """The prompt at a place in the endless order of the run: every one once, then all again in another order."""
+    """The prompt at a place in the endless order of a run: every one once, then all again in another order."""
     again, place = divmod(place, count)
     return random.Random(f"{seed} {again}").sample(range(count), count)[place] if shuffle else place
 
 
-def make_ranks(precision: str):
-    """Where this process stands: (world_size, process_index, device), and the precision: auto as finetune_lora.py has it."""
+def join_ranks(precision: str):
+    """What this process is among the others (world_size, process_index, device), and the precision, which auto leaves to the device."""
     import torch
 
     cuda, ranks, local = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if not cuda and precision in ("bf16", "fp16"):
         raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
     if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability(local)[0] >= 8 else "fp16"
     if cuda:
         torch.cuda.set_device(local)
     if ranks > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
-    return SimpleNamespace(world_size=ranks, process_index=int(os.environ.get("RANK", 0)), device=torch.device("cuda", local) if cuda else torch.device("cpu")), precision
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))  # one rank may sample longer than another
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    return SimpleNamespace(world_size=ranks, process_index=int(os.environ.get("RANK", 0)), device=device), precision
 
 
-def add_up(args, numbers: list[float]) -> list[float]:
-    """Each number summed over the ranks."""
-    import torch
-
-    totals = torch.tensor(numbers, dtype=torch.float64, device=args.device)
-    if args.world_size > 1:
-        torch.distributed.all_reduce(totals)
-    return totals.tolist()
-
-
-def load_judge(model, reward_model: str, given: dict, base_fingerprint: str | None):
-    """The reward model, for read_rewards: an adapter of the policy's own base goes into `model` and shares it, any other is loaded apart."""
+def load_judge(model, reward_model: str, base_fingerprint: str | None, given: dict):
+    """The reward model, as read_rewards takes it. An adapter of the policy's own base goes into `model` and shares it; any other is loaded beside."""
     import torch
     from peft import AutoPeftModelForSequenceClassification, LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder, base = Path(reward_model), model.get_base_model()
+    folder, base, shared = Path(reward_model), model.get_base_model(), False
     chat = Chat(load(AutoTokenizer, reward_model, trust_remote_code=given["trust_remote_code"]), last_round_only=True)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    config = LoraConfig.from_pretrained(reward_model) if is_adapter else None
-    made_on = read_json(folder / "yangtuo.json").get("base_fingerprint") if is_adapter and (folder / "yangtuo.json").is_file() else None
-    if made_on is None or made_on != base_fingerprint or config.trainable_token_indices:
-        if is_adapter:
-            judge = load(AutoPeftModelForSequenceClassification, reward_model, num_labels=1, **given | {"output_loading_info": False}).get_base_model()
-        else:
-            judge = load(AutoModelForSequenceClassification, reward_model, **given)
-        judge.eval()
-        judge.score.float()
-        return SimpleNamespace(chat=chat, shared=False, base_model=judge.base_model, score=judge.score, device=judge.device)
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-    weights = load_file(folder / "adapter_model.safetensors")
-    head = weights.pop(next(name for name in weights if name.endswith("score.weight")))
-    model.add_adapter("reward", config)
-    set_peft_model_state_dict(model, weights, "reward")
-    score = torch.nn.Linear(*reversed(head.shape), bias=False, device=base.device)
-    score.load_state_dict({"weight": head})
-    return SimpleNamespace(chat=chat, shared=True, base_model=base.base_model, score=score, device=base.device)
+    if (folder / "adapter_config.json").is_file():
+        config = LoraConfig.from_pretrained(reward_model)
+        made_on = read_json(folder / "yangtuo.json").get("base_fingerprint") if (folder / "yangtuo.json").is_file() else None
+        shared = base_fingerprint is not None and made_on == base_fingerprint and not config.trainable_token_indices  # new tokens are rows of its own
+    if shared:
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        weights = load_file(folder / "adapter_model.safetensors")
+        head = torch.nn.Linear(base.config.hidden_size, 1, bias=False, device=base.device)
+        head.load_state_dict({"weight": weights.pop(next((name for name in weights if name.endswith("score.weight")), None))})
+        model.add_adapter("reward", config)
+        set_peft_model_state_dict(model, weights, "reward")
+    elif (folder / "adapter_config.json").is_file():
+        base = load(AutoPeftModelForSequenceClassification, reward_model, num_labels=1, **given).get_base_model().eval()
+    else:
+        base = load(AutoModelForSequenceClassification, reward_model, output_loading_info=True, **given).eval()
+    head = head if shared else base.score.float()  # in 16 bit two good answers would often get one reward
+    score = torch.autocast(base.device.type, enabled=False)(head.forward)
+    return SimpleNamespace(chat=chat, shared=shared, head=head, base_model=base.base_model, score=score)
 
 
 def add_critic(model, lora, judge):
-    """The critic: an adapter of its own in `model`, and a head (1, D) that this returns; it begins as the reward model where that is an adapter too."""
+    """The critic: an adapter of its own in `model`, and the head that is returned, (1, D). Both begin as the reward model's, where that is an adapter too."""
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     shared = judge is not None and judge.shared
     model.add_adapter("critic", copy.deepcopy(model.peft_config["reward"]) if shared else lora)
     head = torch.nn.Linear(model.config.hidden_size, 1, bias=False, device=model.device)
+    torch.nn.init.zeros_(head.weight)  # expects nothing
     if shared:
         set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="reward"), "critic")
-    with torch.no_grad():
-        head.weight.copy_(judge.score.weight if shared else torch.zeros(()))  # from zero, a critic expects nothing
+        head.load_state_dict(judge.head.state_dict())
     return head
 
 
@@ -459,59 +441,49 @@ def sample(model, chat: Chat, answers: list[dict], batch_size: int) -> None:
     """Give each of `answers`, which has a "prompt", its "ids" up to the first stop token, whether it "finished" with one, and its "text"."""
     import torch
 
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i]["prompt"]))
-    for begin in range(0, len(order), batch_size):
-        batch = [answers[i] for i in order[begin : begin + batch_size]]
+    order = sorted(answers, key=lambda answer: len(answer["prompt"]))  # prompts of like length go together: little padding
+    for batch in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
         width = len(batch[-1]["prompt"])
-        padding = [width - len(answer["prompt"]) for answer in batch]  # on the left
-        ids = torch.tensor([chat.stop_ids[:1] * left + answer["prompt"] for left, answer in zip(padding, batch)], device=model.device)
-        mask = torch.tensor([[0] * left + [1] * (width - left) for left in padding], device=model.device)
+        left = [width - len(answer["prompt"]) for answer in batch]
+        ids = torch.tensor([chat.stop_ids[:1] * n + answer["prompt"] for n, answer in zip(left, batch)], device=model.device)  # (B, width)
         with torch.inference_mode():
-            rows = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+            mask = torch.arange(width, device=model.device) >= torch.tensor(left, device=model.device)[:, None]
+            rows = model.generate(input_ids=ids, attention_mask=mask.long())[:, width:].tolist()
         for answer, row in zip(batch, rows):
-            length = next((n for n, token in enumerate(row, 1) if token in chat.stop_ids), 0)  # of the answer's own tokens: prompts hold stop tokens as well
+            length = next((n for n, token in enumerate(row, 1) if token in chat.stop_ids), 0)
             answer.update(ids=row[: length or len(row)], finished=length > 0)
             answer["text"] = answer_text(chat, answer["ids"])
 
 
 def answer_text(chat: Chat, ids: list[int]) -> str:
-    """The text of an answer, without its stop token, without half a character, and without the blanks that its template puts around it."""
+    """The text of an answer, without its stop token, half a character at its end, and what its template writes around it."""
     anchor = chat.tokenizer.encode("。", add_special_tokens=False)  # SentencePiece takes away the blank that a text begins with
     decode = lambda ids: chat.tokenizer.decode(anchor + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).partition("。")[2]
     *_, (shortest, _), _ = chat.encode(SHORTEST)
-    before, _, behind = decode(shortest).partition("!")
+    before, _, behind = decode(shortest).partition(SHORTEST[1]["content"])
     return decode(ids).rstrip("\ufffd").removeprefix(before).removesuffix(behind)
 
 
-def deal(lengths: list[int], num_mini_batches: int, capacity: int) -> list[list[list[int]]]:
-    """Answers dealt at random into mini-batches, each of them in blocks of at most `capacity` tokens."""
-    import torch
-
-    order = torch.randperm(len(lengths)).tolist()
-    parts = (order[k::num_mini_batches] for k in range(num_mini_batches))
-    return [[[part[i] for i in block] for block in pack([lengths[e] for e in part], capacity)] for part in parts]
-
-
 def answer_states(model, batch: list[dict], packed: bool):
-    """The hidden states that predict the tokens of the answers in a batch, and those tokens: (N, D), (N,), one answer behind the other."""
+    """The hidden states that predict the tokens of the answers in a batch, and those tokens, one answer behind the other: (N, D), (N,)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     ids = [torch.tensor(answer["prompt"] + answer["ids"], device=model.device) for answer in batch]
-    trained = [torch.arange(1, len(row) + 1, device=model.device) > len(answer["prompt"]) for row, answer in zip(ids, batch)]
+    said = [torch.arange(len(row), device=model.device) >= len(answer["prompt"]) for row, answer in zip(ids, batch)]
     if packed:
-        given = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat([torch.arange(len(row), device=model.device) for row in ids])[None]}
-        given |= {"document_lengths": list(map(len, ids))} if model.config._attn_implementation == "documents" else {}
-        trained = torch.cat(trained)[None]
+        ids, said, lengths = torch.cat(ids)[None], torch.cat(said)[None], [len(row) for row in ids]
+        given = {"position_ids": torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]}
+        given |= {"document_lengths": lengths} if model.config._attn_implementation == "documents" else {}
     else:
-        given = {"input_ids": pad_sequence(ids, True), "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
-        trained = pad_sequence(trained, True)
-    hidden = model.base_model(**given, use_cache=False)[0]
-    return hidden[:, :-1][trained[:, 1:]], given["input_ids"][:, 1:][trained[:, 1:]]
+        given = {"attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
+        ids, said = pad_sequence(ids, True), pad_sequence(said, True)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **given)[0]  # (B, T, D)
+    return hidden[:, :-1][said[:, 1:]], ids[:, 1:][said[:, 1:]]
 
 
 def token_log_probs(hidden, targets, head, temperature: float, vocabulary: int):
-    """log p of each token under logits / temperature, as it was sampled: hidden (N, D), targets (N,) -> (N,), fp32; the backward pass makes a chunk of logits again."""
+    """log p of each token as it was sampled, under logits / temperature: hidden (N, D), targets (N,) -> (N,). Backward makes each chunk of logits again."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -519,18 +491,11 @@ def token_log_probs(hidden, targets, head, temperature: float, vocabulary: int):
         logits = head(hidden)[:, :vocabulary].float() / temperature  # (n, V)
         return logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
 
-    return torch.cat([checkpoint(of_chunk, hidden[begin:end], targets[begin:end], use_reentrant=False) for begin, end in chunks(head, len(targets), hidden.device)])
-
-
-def token_rewards(k1, score: float, kl_coef: float):
-    """The reward of each token of an answer, (T,): the KL all along, the score on the last, which is the stop token unless the answer was cut."""
-    rewards = -kl_coef * k1
-    rewards[-1] += score
-    return rewards
+    return torch.cat([checkpoint(of_chunk, hidden[i:j], targets[i:j], use_reentrant=False) for i, j in chunks(head, len(targets), hidden.device)])
 
 
 def gae(rewards, values, gamma: float, gae_lambda: float):
-    """Advantages and returns of one answer, (T,) each (arXiv:1506.02438); values[t] is what was expected before token t, and behind the last is nothing."""
+    """Advantages and returns of one answer, (T,) each (arXiv:1506.02438). values[t] was expected before token t; behind the last one nothing is."""
     advantages, later, after = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
         later, after = reward + gamma * after - value + gamma * gae_lambda * later, value
@@ -543,27 +508,27 @@ def whiten(answers: list[dict], args) -> None:
     """Shift and scale the advantages to mean 0 and variance 1 over the answer tokens of all ranks."""
     import torch
 
-    everything = torch.cat([answer["advantages"] for answer in answers]).double()
-    count, total, squares = add_up(args, [len(everything), float(everything.sum()), float(everything.square().sum())])
+    mine = torch.cat([answer["advantages"] for answer in answers]).double()
+    count, total, squares = add_up(args, [len(mine), float(mine.sum()), float(mine @ mine)])
     mean, variance = total / count, max(0.0, squares / count - (total / count) ** 2)
     for answer in answers:
         answer["advantages"] = (answer["advantages"] - mean) / math.sqrt(variance + 1e-8)
 
 
 def compare_group(group: list[dict], advantage: str) -> None:
-    """Advantages of the answers to one prompt, the same for each token of one: what its rewards add up to against those of the others (rloo), or of all (grpo)."""
+    """Advantages of the answers to one prompt, one for all tokens: the sum of its rewards less that of the others (rloo), or of all, by their spread (grpo)."""
     import torch
 
     totals = torch.stack([answer["rewards"].sum() for answer in group])
     totals = totals - totals[0]  # so that equal rewards give exactly 0
-    advantages = totals - totals.mean()
-    advantages = advantages * len(group) / (len(group) - 1) if advantage == "rloo" else advantages / (totals.std() + 1e-4)
+    centred = totals - totals.mean()
+    advantages = centred * len(group) / (len(group) - 1) if advantage == "rloo" else centred / (totals.std() + 1e-4)
     for answer, ours in zip(group, advantages):
         answer["advantages"] = ours.expand(len(answer["ids"]))
 
 
 def policy_loss(new, old, advantages, clip_range: float):
-    """Sum over tokens of -min(A r, A clip(r, 1 - e, 1 + e)) with r = p / p_old (eq. 7 of PPO); and how many r were beyond the clip."""
+    """Sum over tokens of -min(r A, clip(r, 1 - e, 1 + e) A) with r = p / p_old (eq. 7 of PPO), and how many r were beyond the clip."""
     import torch
 
     ratio = torch.exp(new - old)
@@ -572,7 +537,7 @@ def policy_loss(new, old, advantages, clip_range: float):
 
 
 def value_loss(new, old, returns, clip_range: float):
-    """Sum over tokens of half the squared error, the larger of that of the value and of the value kept near the old one."""
+    """Sum over tokens of half the squared error: of the value, or where that is larger of the value kept near the old one."""
     import torch
 
     near = old + (new - old).clamp(-clip_range, clip_range)
@@ -599,55 +564,64 @@ def change(trained: list, optimizer, scaler, max_grad_norm: float, args, step: i
     return norm if math.isfinite(norm) else 0.0
 
 
+def add_up(args, numbers: list[float]) -> list[float]:
+    """Each number summed over the ranks."""
+    import torch
+
+    totals = torch.tensor(numbers, dtype=torch.float64, device=args.device)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(totals)
+    return totals.tolist()
+
+
 # ---- what comes out ----
-def figures(answers: list[dict], num_generations: int, sums: dict, args) -> dict:
+def figures(answers: list[dict], num_generations: int, sums: Counter, args) -> dict:
     """What the log says of an update, over all ranks."""
     groups = [[answer["score"] for answer in answers[i : i + num_generations]] for i in range(0, len(answers), num_generations)]
-    totals = Counter(answers=len(answers), groups=len(groups), no_variance=sum(min(group) == max(group) for group in groups) if num_generations > 1 else 0,
-                     **{name: sums[name] for name in ("loss", "clipped", "learned", "value_loss")}, returns=0, squares=0, errors=0)
+    totals = Counter({name: sums[name] for name in ("loss", "value_loss", "clipped", "learned")})
+    totals.update(answers=len(answers), groups=len(groups), no_variance=sum(num_generations > 1 and min(group) == max(group) for group in groups))
     for answer in answers:
-        k1 = float(answer["k1"].sum())
-        totals.update(reward=answer["score"], finished=answer["finished"], tokens=len(answer["ids"]), k1=k1, k1_squares=k1**2, reward_model=answer.get("reward_model", 0))
+        k1, returns = float(answer["k1"].sum()), answer.get("returns", answer["k1"])
+        totals.update(reward=answer["score"], reward_model=answer.get("reward_model", 0), finished=answer["finished"], tokens=len(answer["ids"]),
+                      k1=k1, k1_squares=k1**2, returns=float(returns.sum()), squares=float(returns @ returns),
+                      errors=float((returns - answer.get("values", returns)).square().sum()))
         totals.update({f"rule {name}": said for name, said in answer["rules"].items()})
-        if "returns" in answer:
-            totals.update(returns=float(answer["returns"].sum()), squares=float(answer["returns"].square().sum()),
-                          errors=float((answer["returns"] - answer["values"]).square().sum()))
-    totals = dict(zip(totals, add_up(args, [*totals.values()])))
-    of, tokens = totals["answers"], totals["tokens"]
-    found = {"reward": totals["reward"] / of, "rules": {name[5:]: total / of for name, total in totals.items() if name.startswith("rule ")}}
-    found |= {"reward_model": totals["reward_model"] / of} if "reward_model" in answers[0] else {}
-    found |= {"finished": totals["finished"] / of, "length": tokens / of, "kl": totals["k1"] / tokens, "no_variance": totals["no_variance"] / totals["groups"],
-              "clipped": totals["clipped"] / totals["learned"], "loss": totals["loss"] / totals["learned"],
-              "kl_noise": math.sqrt(max(0.0, totals["k1_squares"] - totals["k1"] ** 2 / of)) / tokens}  # a standard error
+    totals = SimpleNamespace(**dict(zip(totals, add_up(args, [*totals.values()]))))
+    rules = {name: vars(totals)[f"rule {name}"] / totals.answers for name in answers[0]["rules"]}
+    found = {"reward": totals.reward / totals.answers, "rules": rules, "finished": totals.finished / totals.answers, "length": totals.tokens / totals.answers,
+             "kl": totals.k1 / totals.tokens, "kl_error": math.sqrt(max(0.0, totals.k1_squares - totals.k1**2 / totals.answers)) / totals.tokens,
+             "no_variance": totals.no_variance / totals.groups, "clipped": totals.clipped / totals.learned, "loss": totals.loss / totals.learned}
+    if "reward_model" in answers[0]:
+        found["reward_model"] = totals.reward_model / totals.answers
     if "returns" in answers[0]:
-        variance = totals["squares"] / tokens - (totals["returns"] / tokens) ** 2
-        found |= {"value_loss": totals["value_loss"] / totals["learned"], "explained_variance": 1 - totals["errors"] / tokens / max(variance, 1e-8)}
+        variance = max(1e-8, totals.squares / totals.tokens - (totals.returns / totals.tokens) ** 2)
+        found |= {"value_loss": totals.value_loss / totals.learned, "explained_variance": 1 - totals.errors / totals.tokens / variance}
     return found
 
 
 def tell(entry: dict, max_steps: int, shown: list[dict]) -> None:
     """One line about an update, and what some answers were and got."""
-    more = entry["rules"] | {name: entry[name] for name in ("reward_model", "explained_variance") if name in entry}
-    print(f"update {entry['step']}/{max_steps}: reward {entry['reward']:.3f} ({', '.join(f'{name} {value:.2f}' for name, value in more.items())}), "
+    parts = entry["rules"] | {name: entry[name] for name in ("reward_model", "explained_variance") if name in entry}
+    print(f"update {entry['step']}/{max_steps}: reward {entry['reward']:.3f} ({', '.join(f'{name} {value:.2f}' for name, value in parts.items())}), "
           f"{entry['finished']:.0%} finished, {entry['length']:.0f} tokens, KL {entry['kl']:.4f}, {entry['no_variance']:.0%} of groups without variance, "
           f"{entry['clipped']:.1%} clipped, {sum(entry['seconds'].values()):.1f} s", file=sys.stderr)
     for answer in shown:
-        print(f"  {answer['messages'][-1]['content'][-80:]!r} -> {answer['text'][:200]!r} {answer['score']:.2f}" + " (cut)" * (not answer["finished"]), file=sys.stderr)
+        cut = "" if answer["finished"] else " (cut)"
+        print(f"  {answer['messages'][-1]['content'][-80:]!r} -> {answer['text'][:200]!r}{cut}: {answer['score']:.2f}", file=sys.stderr)
 
 
 def stop_if_lost(log: list[dict], max_kl: float, max_new_tokens: int) -> None:
     """RunStopped where the last updates say that going on makes no sense."""
     last = log[-1]
     if last["step"] == 1 and last["kl"] != 0:
-        raise RunStopped(f"the KL to the start is {last['kl']:.3g} before the first update, where it must be 0: do layers of this model keep a state of their own?")
-    if last["kl"] < -5 * last["kl_noise"] - 1e-4:
-        raise RunStopped(f"the KL is {last['kl']:.4f}, below 0 by more than chance ({last['kl_noise']:.4f}): the answers are not sampled from what is scored")
+        raise RunStopped(f"the KL to the start is {last['kl']:.3g} before anything was learned, where it must be 0: are there layers that drop something?")
+    if last["kl"] < -5 * last["kl_error"] - 1e-4:
+        raise RunStopped(f"the KL is {last['kl']:.4f}, below 0 by more than chance ({last['kl_error']:.4f}): the answers are not sampled from what is scored")
     if last["kl"] > max_kl:
-        raise RunStopped(f"the KL is {last['kl']:.2f} nats a token, above --max_kl={max_kl}: the model has left its start behind; take an earlier checkpoint, "
+        raise RunStopped(f"the KL is {last['kl']:.2f} nats a token, above --max_kl={max_kl}: the model has left its start behind. Take an earlier checkpoint, "
                          f"a larger --kl_coef or a smaller --learning_rate")
-    if len(log) >= 3 and not any(entry["finished"] for entry in log[-3:]):
-        raise RunStopped(f"every answer of three updates was cut: raise --max_new_tokens={max_new_tokens}, or tune the model on short answers first, so that it "
-                         f"learns to stop")
+    if len(log) > 2 and not any(entry["finished"] for entry in log[-3:]):
+        raise RunStopped(f"every answer of three updates was cut: raise --max_new_tokens={max_new_tokens}, or tune the model on short answers first")
 
 
 # ---- the state of a run ----
@@ -659,14 +633,14 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
     log = []
     if checkpoint:
         read = lambda name: torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
-        log, state, random_state = read_json(Path(checkpoint, "trainer_state.json"))["log_history"], read("optimizer.pt"), read(rng_file(args.process_index, args.world_size))
+        log, state = read_json(Path(checkpoint, "trainer_state.json"))["log_history"], read("optimizer.pt") | {"schedule": read("scheduler.pt")}
         for p, saved in zip(trained, state.pop("trained")):
             p.data.copy_(saved)
-        for name, saved in (state | {"schedule": read("scheduler.pt")}).items():
+        for name, saved in state.items():
             kept[name].load_state_dict(saved)
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state:
-            torch.cuda.set_rng_state(random_state["cuda"])
+        states = read(f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth")
+        for set_state, saved in zip((torch.set_rng_state, torch.cuda.set_rng_state), states):
+            set_state(saved)
     if args.process_index == 0:  # what a killed run left unfinished, and lines of updates that are made again
         for unfinished in Path(output_dir).glob(".checkpoint-*"):
             shutil.rmtree(unfinished)
@@ -675,57 +649,40 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
     return log
 
 
-def rng_file(rank: int, ranks: int) -> str:
-    return f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
-
-
 def save_checkpoint(output_dir: str, log: list[dict], trained: list, kept: dict, args, save) -> None:
-    """checkpoint-N, whole or not at all: the adapter, as it could be used, and what begin_run goes on from. The last two stay."""
+    """checkpoint-N, whole or not at all: the adapter, ready for use, and what begin_run goes on from. The last two stay."""
     import torch
 
-    state = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-    everyone = [state] * args.world_size
+    mine = [torch.get_rng_state()] + [torch.cuda.get_rng_state()] * torch.cuda.is_available()
+    everyone = [mine] * args.world_size
     if args.world_size > 1:
-        torch.distributed.all_gather_object(everyone, state)
+        torch.distributed.all_gather_object(everyone, mine)
     if args.process_index:
         return
-    shutil.rmtree(target := Path(output_dir, f"checkpoint-{len(log)}"), ignore_errors=True)
+    shutil.rmtree(target := Path(output_dir, f"checkpoint-{len(log)}"), ignore_errors=True)  # one that resume_point found damaged
     with whole_folder(target) as folder:
         save(folder)
         torch.save({"trained": [p.data for p in trained]} | {name: kept[name].state_dict() for name in ("optimizer", "scaler")}, folder / "optimizer.pt")
         torch.save(kept["schedule"].state_dict(), folder / "scheduler.pt")
-        for rank, state in enumerate(everyone):
-            torch.save(state, folder / rng_file(rank, args.world_size))
+        for rank, states in enumerate(everyone):
+            torch.save(states, folder / (f"rng_state_{rank}.pth" if args.world_size > 1 else "rng_state.pth"))
         replace_json(folder / "trainer_state.json", {"global_step": len(log), "log_history": log})
     for old in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))[:-2]:
         shutil.rmtree(old)
 
 
-def save_policy(folder: Path, model, chat: Chat, about, facts: dict) -> None:
-    """The policy's adapter, and beside it tokenizer, chat template and stop tokens; `about` is the generation configuration of the base."""
+def save_policy(folder: Path, model, chat: Chat, configured, facts: dict) -> None:
+    """The policy's adapter, and beside it tokenizer, chat template and stop tokens; `configured` is how the base was to generate."""
     from transformers import GenerationConfig
 
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
     chat.tokenizer.save_pretrained(folder)
-    old = about.to_dict() | {"eos_token_id": chat.stop_ids}
     # Older chat models give a temperature without do_sample, which transformers refuses to save
-    old["do_sample"] = any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))
+    old = configured.to_dict()
+    old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
     old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
     GenerationConfig.from_dict(old).save_pretrained(folder)
     replace_json(folder / "yangtuo.json", {name: facts[name] for name in ("base", "base_fingerprint", "template")})
-
-
-def draw(log: list[dict], file: Path) -> None:
-    """Reward, KL, length and share finished by update."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    names = {"reward": "mean score", "kl": "KL to the start, nats a token", "length": "tokens an answer", "finished": "share finished"}
-    for axes, (name, label) in zip(figure.subplots(2, 2).flat, names.items()):
-        axes.plot([entry["step"] for entry in log], [entry[name] for entry in log], marker=".")
-        axes.set(xlabel="update", ylabel=label)
-        axes.grid(True)
-    figure.savefig(file, dpi=120)
 
 
 # ==== rules ====
@@ -787,25 +744,30 @@ def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) ->
     return [i for part, _ in prompt for i in part] + ids
 
 
-def read_rewards(model, rows: list[list[int]], batch_size: int):
-    """Yield (number of the row, its reward), the longest rows first: each is read at its last token, batch_size rows of like length together.
-
-    `model` needs base_model (ids to hidden states) and score (hidden states to rewards). Reading at the last id that is no padding, as
-    transformers does, would miss a stop token that is the padding as well: then a cut answer would get the reward of a finished one.
-    """
+def read_batches(backbone, rows: list[list[int]], batch_size: int, value_of):
+    """Yield (number of a row of token ids, its value), the longest first: value_of(numbers, hidden states (B, T, d), places of the last tokens) gives B."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))  # rows of like length go together: little padding
     for begin in range(0, len(rows), batch_size):
         batch = order[begin : begin + batch_size]
-        ids = pad_sequence([torch.tensor(rows[number]) for number in batch], batch_first=True).to(model.device)  # (B, T), padded right with 0
-        last = torch.tensor([len(rows[number]) - 1 for number in batch], device=model.device)
+        ids = pad_sequence([torch.tensor(rows[number]) for number in batch], batch_first=True).to(backbone.device)  # (B, T), padded right with 0
+        last = [len(rows[number]) - 1 for number in batch]
+        mask = torch.arange(ids.shape[1]) <= torch.tensor(last)[:, None]  # from the lengths: an id that pads may also stand in a text
         with torch.inference_mode():
-            mask = (torch.arange(ids.shape[1], device=model.device) <= last[:, None]).long()
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, d)
-            rewards = model.score(hidden[torch.arange(len(batch), device=model.device), last].float())[:, 0]
-        yield from zip(batch, rewards.tolist())
+            hidden = backbone(input_ids=ids, attention_mask=mask.long().to(ids.device), use_cache=False).last_hidden_state
+            values = value_of(batch, hidden, last)
+        yield from zip(batch, values)
+
+
+def read_rewards(model, rows: list[list[int]], batch_size: int):
+    """Yield (number of the row, its reward), the longest first: each is read at its last token.
+
+    `model` needs base_model (ids to hidden states) and score (hidden states to rewards). transformers reads at the last id that is no padding:
+    where the stop token is the padding as well, a finished answer would get the reward of a cut one.
+    """
+    return read_batches(model.base_model, rows, batch_size, lambda batch, hidden, last: model.score(hidden[range(len(batch)), last].float())[:, 0].tolist())
 
 
 # ==== fast lora ====

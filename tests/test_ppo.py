@@ -40,7 +40,7 @@ def folder(tmp_path_factory, model_folder):
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 2.0  # something that every hidden state has in common
         model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0.0
-        model.get_output_embeddings().weight[tokenizer.eos_token_id, 0] = 2.5
+        model.get_output_embeddings().weight[tokenizer.eos_token_id, 0] = 2.2
     model.generation_config = GenerationConfig(do_sample=True, top_k=3, top_p=0.5, temperature=0.3, repetition_penalty=1.5)
     model.save_pretrained(folder)
     Chat(tokenizer, "alpaca").tokenizer.save_pretrained(folder)
@@ -154,8 +154,8 @@ def test_what_is_scored_is_what_was_sampled(ppo, monkeypatch):
 
     monkeypatch.setattr(train_ppo, "sample", sample)
     _, _, (answers,) = ppo(temperature=0.7, advantage="grpo", per_device_rollout_batch_size=5)
-    for answer in answers:
-        scores = next(scores for row, scores in drawn if row[: len(answer["ids"])] == answer["ids"])
+    for answer, (row, scores) in zip(sorted(answers, key=lambda answer: len(answer["prompt"])), drawn, strict=True):
+        assert answer["ids"] == row[: len(answer["ids"])]
         assert_close(answer["old"], scores[range(len(answer["ids"])), answer["ids"]], atol=1e-4, rtol=0)
 
 
@@ -185,7 +185,7 @@ def test_log_probabilities_and_gradient_are_those_of_a_plain_model_one_answer_at
 def test_the_first_ratios_are_exactly_1_and_the_kl_exactly_0(ppo, monkeypatch, advantage):
     seen, loss = [], policy_loss
     monkeypatch.setattr(train_ppo, "policy_loss", lambda new, old, *rest: seen.append((new.detach(), old)) or loss(new, old, *rest))
-    _, log, updates = ppo(advantage=advantage, temperature=0.7, num_mini_batches=2, ppo_epochs=2, max_steps=2, max_length=100, max_new_tokens=12)
+    _, log, updates = ppo(advantage=advantage, temperature=0.7, num_mini_batches=2, ppo_epochs=2, max_steps=2, max_length=220)
     assert torch.equal(*seen[0]) and not all(torch.equal(new, old) for new, old in seen)
     assert log[0]["kl"] == 0 and all(not answer["k1"].any() for answer in updates[0])
     assert log[1]["kl"] != 0 and any(answer["k1"].any() for answer in updates[1])  # the start is still there when the policy has moved
@@ -193,7 +193,7 @@ def test_the_first_ratios_are_exactly_1_and_the_kl_exactly_0(ppo, monkeypatch, a
 
 def test_rewards_stand_where_they_belong(ppo, folder):
     """Properties 16, 19, 21 and 22."""
-    _, log, updates = ppo(max_steps=2, kl_coef=0.3, missing_eos_penalty=2.0, num_generations=16)
+    _, log, updates = ppo(max_steps=2, kl_coef=0.3, missing_eos_penalty=2.0, num_generations=16, learning_rate=1e-3)
     stop = AutoTokenizer.from_pretrained(folder).eos_token_id
     assert any(stop in answer["prompt"] for answer in updates[0])  # the dialogue
     for answers, entry in zip(updates, log):
@@ -217,3 +217,118 @@ def test_an_answer_ends_at_its_first_stop_token(folder):
     model.generate = lambda input_ids, **_: torch.cat([input_ids, torch.tensor([ids[:-1]])], 1)
     train_ppo.sample(model, chat, answers := [{"prompt": [3, stop, 4]}], 2)
     assert not answers[0]["finished"] and "\ufffd" not in answers[0]["text"]
+
+
+# ---- reward models ----
+@pytest.fixture(scope="module")
+def reward_folders(tmp_path_factory, folder, sentencepiece_folder):
+    """(adapter of the policy's base, whole model with another tokenizer and template), whose heads are random."""
+    from conftest import make_model
+    from peft import LoraConfig, get_peft_model
+
+    adapter, whole = tmp_path_factory.mktemp("adapter"), tmp_path_factory.mktemp("whole")
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(adapter)
+    (adapter / "yangtuo.json").write_text(json.dumps({"base_fingerprint": fingerprint(str(folder))}))
+    tokenizer = Chat(AutoTokenizer.from_pretrained(sentencepiece_folder), "ziya").tokenizer
+    AutoModelForSequenceClassification.from_pretrained(make_model(whole, tokenizer), num_labels=1).save_pretrained(whole)
+    return adapter, whole
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_a_reward_model_gives_what_it_gives_by_itself_at_the_last_token_of_its_own_text(ppo, reward_folders, kind):
+    from peft import AutoPeftModelForSequenceClassification
+
+    judge = reward_folders[kind == "whole"]
+    _, log, (answers,) = ppo(reward_model=str(judge), advantage="gae" if kind == "adapter" else "rloo", kl_coef=0.0, learning_rate=1e-4)
+    load = AutoPeftModelForSequenceClassification if kind == "adapter" else AutoModelForSequenceClassification
+    alone, chat = load.from_pretrained(judge, num_labels=1).eval(), Chat(AutoTokenizer.from_pretrained(judge))
+    alone.config.pad_token_id = None  # then transformers reads at the last token
+    for answer in answers:
+        pieces = chat.encode([*answer["messages"], {"role": "assistant", "content": answer["text"]}])[:-1]
+        ids = [i for part, _ in pieces for i in part]
+        ids = ids if answer["finished"] else ids[:-1]
+        with torch.no_grad():
+            assert answer["reward_model"] == pytest.approx(alone(input_ids=torch.tensor([ids])).logits.item(), abs=1e-4)
+        assert answer["score"] == pytest.approx(sum(answer["rules"].values()) + answer["reward_model"] - (not answer["finished"]))
+        if kind == "adapter" and answer["finished"]:  # the critic begins as the reward model; what it expects before the stop token is no reward yet
+            prompt = answer["prompt"] + answer["ids"][:-1]
+            with torch.no_grad():
+                assert float(answer["values"][-1]) == pytest.approx(alone(input_ids=torch.tensor([prompt])).logits.item(), abs=1e-4)
+    assert log[0]["reward_model"] == pytest.approx(sum(answer["reward_model"] for answer in answers) / len(answers))
+
+
+# ---- the run ----
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_what_is_rewarded_becomes_likelier(ppo, advantage):
+    report, log, _ = ppo(advantage=advantage, max_steps=6, learning_rate=5e-3, num_generations=12)
+    assert log[-1]["reward"] > log[0]["reward"] + 0.3 and log[-1]["rules"]["finished"] > log[0]["rules"]["finished"]
+    assert report["reward"] == log[-1]["reward"] and report["supervised_tokens"] == round(sum(entry["length"] * 36 for entry in log))
+
+
+def test_the_gradient_does_not_depend_on_how_answers_share_blocks(ppo):
+    runs = [ppo(out=str(batch), per_device_train_batch_size=batch, max_length=160)[1][0] for batch in (1, 8)]
+    assert runs[0]["grad_norm"] == pytest.approx(runs[1]["grad_norm"], rel=1e-4) and runs[0]["loss"] == pytest.approx(runs[1]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage, moment", [("gae", "figures"), ("grpo", "replace_json")])
+def test_a_run_that_was_cut_goes_on_bit_for_bit(ppo, tmp_path, monkeypatch, advantage, moment):
+    """In the middle of an update, and in the middle of a checkpoint."""
+    flags = dict(advantage=advantage, max_steps=5, save_steps=2, learning_rate=1e-3, num_mini_batches=2)
+    _, whole, _ = ppo(out="whole", **flags)
+    plainly, calls = getattr(train_ppo, moment), []
+
+    def cut(*given):
+        calls.append(given)
+        if len(calls) == (4 if moment == "figures" else 4):  # the fourth update; the second checkpoint's state, its last file
+            raise MemoryError
+        return plainly(*given)
+
+    monkeypatch.setattr(train_ppo, moment, cut)
+    with pytest.raises(MemoryError):
+        ppo(out="cut", **flags)
+    monkeypatch.setattr(train_ppo, moment, plainly)
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    _, log, _ = ppo(out="cut", resume=True, **flags)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert [entry | {"seconds": 0} for entry in log] == [entry | {"seconds": 0} for entry in whole]
+    with pytest.raises(BadInput, match="was begun with kl_coef"):
+        ppo(out="cut", resume=True, **flags | {"kl_coef": 0.5})
+
+
+def test_the_result_is_an_adapter_that_generate_takes(ppo, folder, tmp_path, capsys):
+    import generate
+
+    ppo(advantage="grpo", max_steps=2)
+    generate.main(model_name_or_path=str(folder), lora_path=str(tmp_path / "out"), prompt="你好", max_new_tokens=4)
+    assert (tmp_path / "out" / "curves.png").is_file() and not list((tmp_path / "out").glob(".*"))
+
+
+def test_runs_that_make_no_sense_stop_with_a_sentence(ppo, monkeypatch):
+    with pytest.raises(RunStopped, match="every answer of three updates was cut: raise --max_new_tokens=1,"):
+        ppo(max_new_tokens=1, max_steps=5, learning_rate=1e-9, temperature=0.05)
+    with pytest.raises(RunStopped, match="above --max_kl=1e-05"):
+        ppo(out="far", max_steps=5, max_kl=1e-5)
+    entry = {"step": 2, "kl": -0.2, "kl_error": 0.01, "finished": 1.0}
+    with pytest.raises(RunStopped, match="below 0 by more than chance"):
+        train_ppo.stop_if_lost([entry], 5.0, 9)
+    train_ppo.stop_if_lost([entry | {"kl_error": 0.1}], 5.0, 9)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(advantage="grpo", num_generations=1), "compares answers to one prompt"), (dict(rules=None), "nothing judges the answers"),
+    (dict(temperature=0), "--temperature=0 must be above zero"), (dict(max_new_tokens=256), "leaves no room for a prompt"),
+    (dict(deepspeed="ds_configs/zero3.json"), "ZeRO-3 would gather every layer"), (dict(max_length=120, max_new_tokens=60), "the prompt has \\d+ tokens"),
+    (dict(template="chatml"), "never learned"), (dict(max_length=4096), "more than the model's context of 2048"), (dict(gamma=1.5), "from 0 to 1"),
+    (dict(reward_model="base"), "gives no rewards"), (dict(rules="RULES:broken=1"), "the rule broken gives nan"), (dict(model_name_or_path="adapter"), "merge it into its base first"),
+    (dict(data_path="answers"), "record 0: it ends in an answer"), (dict(rollout_batch_size=0), "must be above zero")], ids=str)
+def test_bad_input_is_named(ppo, folder, files, tmp_path, flags, said):
+    (tmp_path / "answers.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    paths = {"base": str(folder), "adapter": str(tmp_path / "adapter"), "answers": str(tmp_path / "answers.jsonl"), "RULES:broken=1": f"{files[1]}:broken=1"}
+    with pytest.raises(BadInput, match=said):
+        ppo(**{name: paths.get(value, value) for name, value in flags.items()})
