@@ -77,7 +77,7 @@ def main(
     # answers
     rollout_batch_size: int = 8,
     num_generations: int = 8,
-    per_device_rollout_batch_size: int = 64,
+    per_device_rollout_batch_size: int = 16,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     # the run
@@ -653,7 +653,7 @@ def save_checkpoint(output_dir: str, log: list[dict], trained: list, kept: dict,
     """checkpoint-N, whole or not at all: the adapter, ready for use, and what begin_run goes on from. The last two stay."""
     import torch
 
-    mine = [torch.get_rng_state()] + [torch.cuda.get_rng_state()] * torch.cuda.is_available()
+    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     everyone = [mine] * args.world_size
     if args.world_size > 1:
         torch.distributed.all_gather_object(everyone, mine)

@@ -16,7 +16,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "utils.
 TRAINING = [name for name in SCRIPTS if name.startswith(("finetune", "pretrain", "train"))]
 SOURCES = {path.name: path.read_text("utf-8") for path in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("*.py")]}
 HEAVY = {"torch", "transformers", "peft", "datasets", "gradio", "accelerate", "deepspeed", "safetensors", "matplotlib", "pandas"}
-MEANT_OTHERWISE = {("quantize_gptq.py", "bits")}  # of what it writes, not of what it loads
+MEANT_OTHERWISE = {("quantize_gptq.py", "bits"), ("train_ppo.py", "max_length")}  # of what it writes, not of what it loads; prompts are not cut
 
 
 def main_of(script):
