@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 from utils import BadInput, RunStopped, check_file, check_positive, cli
 
 DS_CONFIGS = Path(__file__).with_name("ds_configs")
-STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm", "train_ppo")
+STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm", "train_reward", "train_dpo", "train_ppo")
 ABOVE_ZERO = ("fit", "nnodes", "ranks", "max_length", "lora_r", "per_device_train_batch_size", "gradient_accumulation_steps",
               "per_device_rollout_batch_size", "max_new_tokens")
 CARDS = (11, 16, 24, 40, 80)
@@ -215,7 +215,7 @@ def complete(stage: str, given: dict) -> dict:
         others = [other for other in STAGES if name in inspect.signature(script_of(other)).parameters]
         raise BadInput(f"--{name} is not a flag of {stage}.py: leave it out, or take --stage {' or '.join(others)}")
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {"deepspeed": None, "optim": "adamw_torch_fused", "ranks": 1, "gpu": True} | defaults | given
+    return {"deepspeed": None, "optim": "adamw_torch_fused", "ranks": 1, "gpu": True, "stage": stage} | defaults | given
 
 
 def impossible(flags: dict, shapes: Shapes) -> str | None:
@@ -368,17 +368,19 @@ def as_run(flags: dict) -> Run:
     """The run of these flags with every block full."""
     train = flags.get("train") or ("lora" if "lora_r" in flags else "full")
     precision = flags["precision"] if flags["precision"] != "auto" else "bf16" if flags["gpu"] else "fp32"
-    return Run(**{name: flags[name] for name in Run._fields if name in flags} | dict(
-        train=train, tables="train" in flags and train == "lora", tokens=flags["per_device_train_batch_size"] * flags["max_length"], precision=precision,
-        zero=read_zero(flags["deepspeed"])) | (of_rewards(flags) if "rollout_batch_size" in flags else {}))
+    answers = 2 if flags["stage"] in ("train_reward", "train_dpo") else 1  # of up to max_length tokens each, in one block, without dropout
+    return Run(**{"lora_dropout": 0.0} | {name: flags[name] for name in Run._fields if name in flags} | dict(
+        train=train, tables=flags["stage"] == "pretrain_clm" and train == "lora", precision=precision, zero=read_zero(flags["deepspeed"]),
+        tokens=answers * flags["per_device_train_batch_size"] * flags["max_length"], supervised=0 if flags["stage"] == "train_reward" else None)
+               | (of_rewards(flags) if flags["stage"] == "train_ppo" else {}))
 
 
 def of_rewards(flags: dict) -> dict:
-    """What a run of train_ppo.py has besides: a critic, a reward model (an adapter, where its folder cannot say otherwise), answers that are sampled."""
+    """What a run of train_ppo.py has besides: a critic, a reward model (an adapter, where its folder does not say otherwise), and answers that are sampled."""
     judge, weights = Path(flags["reward_model"] or ""), 0
     if flags["reward_model"] and (judge / "config.json").is_file() and not (judge / "adapter_config.json").is_file():
         weights = read_shapes(str(judge)).weights
-    return {"critic": flags["advantage"] == "gae", "judge": weights or (1 if flags["reward_model"] else 0), "lora_dropout": 0.0, "gradient_accumulation_steps": 2,
+    return {"critic": flags["advantage"] == "gae", "judge": weights or int(bool(flags["reward_model"])), "gradient_accumulation_steps": 2,  # several blocks
             "answers": min(flags["per_device_rollout_batch_size"], flags["rollout_batch_size"] * flags["num_generations"])}
 
 

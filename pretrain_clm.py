@@ -381,8 +381,9 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
                 folder = Path(output_dir)
                 (folder / "training_args.bin").unlink()  # a pickle
                 chat.tokenizer.save_pretrained(folder)
-                if old := self.model.generation_config and self.model.generation_config.to_dict():  # a reward model has none
+                if old := getattr(self.model, "generation_config", None):  # a reward model has none
                     # Older chat models give a temperature without do_sample, which transformers refuses to save
+                    old = old.to_dict()
                     old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
                     old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
                     GenerationConfig.from_dict(old).save_pretrained(folder)
