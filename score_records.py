@@ -139,7 +139,7 @@ def check_flags(flags: dict) -> dict:
             (flags["lora_path"] and not flags["model_name_or_path"], "--lora_path needs the --model_name_or_path that it was trained on"),
             (keep in ("best", "pairs", "hindsight") and by in ("loss", "ifd", "length"),
              f"--by={by} does not say which answer is better: take --by reward, rules or judge"),
-            (buckets and (by not in ("loss", "ifd", "length", "judge") or keep != "all"), "--buckets goes with --by loss, ifd, length or judge, and --keep all"),
+            (buckets > 0 and (by not in ("loss", "ifd", "length", "judge") or keep != "all"), "--buckets goes with --by loss, ifd, length or judge"),
             (buckets < 0 or not flags["min_gap"] >= 0, f"--buckets={buckets} and --min_gap={flags['min_gap']} must be zero or more")):
         if wrong:
             raise BadInput(what)
@@ -149,7 +149,9 @@ def check_flags(flags: dict) -> dict:
     if flags["reward_model"]:
         check_reward(flags["reward_model"], flags["allow_pickle"])
     if flags["model_name_or_path"]:
-        check_model(flags["model_name_or_path"], flags["allow_pickle"])
+        check_model(name := flags["model_name_or_path"], flags["allow_pickle"])
+        if Path(name).is_dir() and str(read_json(Path(name, "config.json")).get("architectures")).endswith("ForSequenceClassification']"):
+            raise BadInput(f"--model_name_or_path={name} is a reward model, which writes no text: give it as --reward_model, with --by reward")
     if flags["lora_path"]:
         check_adapter(flags["lora_path"])
         check_whole(Path(flags["lora_path"]))
@@ -296,6 +298,7 @@ def ask_model(asked: list[tuple], names: list, flags: dict):
     """
     by, size = flags["by"], flags["per_device_eval_batch_size"]
     model, chat = load_scorer(flags)
+    start = chat.tokenizer.eos_token_id if chat.tokenizer.bos_token_id is None else chat.tokenizer.bos_token_id
     rows, begins = [], []  # ids, and where the answer begins in them
     lead, *letters = letter_ids(chat) if by == "judge" else ([],)
     for (_, messages, *answer), name in zip(asked, names):
@@ -303,7 +306,7 @@ def ask_model(asked: list[tuple], names: list, flags: dict):
         if by != "judge":
             ids, begin = reward_ids(chat, messages, *answer), len(ids)
         if name == "alone":
-            ids, begin = [chat.tokenizer.bos_token_id or chat.tokenizer.eos_token_id] + ids[begin:], 1
+            ids, begin = [start] + ids[begin:], 1
         rows.append(ids)
         begins.append(begin)
     room = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
