@@ -95,7 +95,7 @@ def main(
         per_device_eval_batch_size: Prompts that go through the model together.
     """
     flags = dict(locals())
-    judges = check_flags(flags)
+    judges = check_scoring(flags)
 
     # ---- load ----
     items = read_items(data_path, skip_bad_records, answered=by or keep != "prompts")
@@ -124,7 +124,7 @@ def main(
     print(json.dumps(report(items, judges) | order | {"written": len(rows), "output_file": output_file}, ensure_ascii=False))
 
 
-def check_flags(flags: dict) -> dict:
+def check_scoring(flags: dict) -> dict:
     """The rules; BadInput if flags do not go together or name what is not there: all of it without torch."""
     by, keep, buckets = flags["by"], flags["keep"], flags["buckets"]
     check_file("data_path", flags["data_path"])
