@@ -33,8 +33,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Literal
 
-from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, explain,
-                   make_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
+from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, draw_curves,
+                   explain, make_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
 
 
 def main(
@@ -140,9 +140,9 @@ def main(
         for module in (model.get_input_embeddings(), *layers_of(model)[:freeze_layers]):
             module.requires_grad_(False)
     model.forward = MethodType(supervised_forward, model)
-    trainer = make_trainer(model, args, chat, facts, examples, blocks, eval_blocks, attention is None, early_stopping_patience)
+    trainer = make_trainer(model, args, chat, facts, partial(collate, examples=examples, padded=not attention), blocks, eval_blocks, early_stopping_patience)
     write_facts(output_dir, facts)
-    report = run_training(trainer, checkpoint)
+    report = run_training(trainer, checkpoint, {"loss per supervised token": ["loss", "eval_loss"]})
 
     # ---- save ----
     save_result(trainer, report)
@@ -177,11 +177,8 @@ def add_token_rows(model, tokenizer, new_tokens: list[str]) -> dict[str, list[in
     return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if module in tables}
 
 
-# ==== training ====
-LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
-
-
-def load(auto_class, name: str, **arguments):
+# ==== loading ====
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
@@ -189,7 +186,7 @@ def load(auto_class, name: str, **arguments):
         raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
     if arguments.get("output_loading_info"):
         loaded, found = loaded
-        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
             raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
     return loaded
 
@@ -223,6 +220,7 @@ def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
     return "flash_attention_2" if fused else "documents"
 
 
+# ==== supervised ====
 def supervised_forward(self, input_ids, labels, num_items_in_batch=None, position_ids=None, attention_mask=None, document_lengths=None, **_):
     """forward() of a causal language model in training: the head sees the supervised positions only.
 
@@ -248,7 +246,7 @@ def supervised_forward(self, input_ids, labels, num_items_in_batch=None, positio
         for begin, end in chunks(head, len(targets), hidden.device):
             more, right = checkpoint(of_chunk, hidden[begin:end], targets[begin:end], use_reentrant=False)
             loss, correct = loss + more, correct + right
-    return {"loss": loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch), "correct": correct}
+    return {"loss": loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch), "token_accuracy": correct, "count": len(targets)}
 
 
 def head_loss(hidden, targets, head):
@@ -275,6 +273,10 @@ def head_loss(hidden, targets, head):
     return total + sum(((tensor - tensor.detach()).float() * gradient.float()).sum() for tensor, gradient in zip(inputs, gradients))
 
 
+# ==== logits ====
+LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in fp32, as much again for their gradient
+
+
 def chunks(head, positions: int, device) -> list[tuple[int, int]]:
     """Spans of positions whose logits together stay below LOGITS_AT_ONCE; under ZeRO-3 as many of them on every rank."""
     import torch
@@ -287,6 +289,7 @@ def chunks(head, positions: int, device) -> list[tuple[int, int]]:
     return [(min(begin, positions), min(begin + size, positions)) for begin in range(0, int(count) * size, size)]
 
 
+# ==== training ====
 def collate(blocks: list[list[int]], examples, padded: bool) -> dict:
     """A micro-batch: the examples of its blocks as one packed row, or as padded rows for models that cannot take that.
 
@@ -307,15 +310,15 @@ def collate(blocks: list[list[int]], examples, padded: bool) -> dict:
                      "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None]}
 
 
-def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_blocks, padded: bool, early_stopping_patience: int = 0, characters: int = 0):
-    """A Trainer that counts, stops at a NaN, evaluates by token (`characters`: of the evaluation text), and saves what a model needs to be talked to."""
+def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_blocks, patience: int = 0, characters: int = 0):
+    """A Trainer that counts, stops at a NaN, evaluates (`characters`: of the evaluation text), and saves what a model needs to be talked to."""
     import torch
     from tqdm import tqdm
     from transformers import EarlyStoppingCallback, GenerationConfig, Trainer
 
     class SupervisedTrainer(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            self.in_step.append([inputs.pop("records"), inputs.pop("tokens"), inputs.pop("supervised")])
+            self.in_step.append([inputs.pop("records"), inputs.pop("tokens"), inputs.pop("supervised"), num_items_in_batch])
             self.in_step[-1].append(loss := super().training_step(model, inputs, num_items_in_batch))
             return loss
 
@@ -323,7 +326,7 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
             """Called once a step: the place to count, and to stop at a NaN. fp16 skips steps whose gradient overflows, so its norm is not looked at."""
             norm = super()._get_grad_norm(model, grad_norm)
             of_gradient = 0.0 if norm is None or args.fp16 else float(norm)
-            (records, tokens, supervised, losses), self.in_step = zip(*self.in_step), []
+            (records, tokens, supervised, (items, *_), losses), self.in_step = zip(*self.in_step), []
             totals = torch.tensor([sum(tokens), sum(supervised), sum(losses) / args.world_size], dtype=torch.float64)  # Trainer multiplies by the ranks
             *counts, loss = self.accelerator.reduce(totals.to(args.device), "sum").tolist()
             if not math.isfinite(loss + of_gradient):
@@ -331,20 +334,21 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
                 raise RunStopped(f"in step {self.state.global_step + 1} the loss is {loss:.4g}, the norm of its gradient {of_gradient:.4g}; the step holds "
                                  f"the records {sorted(set(sum(ill, [])))}: look at them with inspect_labels.py, lower the learning rate, "
                                  f"or, in fp16 with a model that was made in bf16, take --precision fp32. The checkpoints in {args.output_dir} are from before")
-            self.seen = [before + now for before, now in zip(self.seen, (*counts, loss * counts[1]))]  # tokens, supervised, sum of their losses
+            self.seen = [before + now for before, now in zip(self.seen, (*counts, float(items), loss * float(items)))]
             return norm
 
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-            """Loss, perplexity and accuracy over all supervised tokens of the evaluation data, each token counted once."""
+            """Means of what forward() sums up, over all of the evaluation data, each token counted once."""
             self.model_wrapped.eval()
-            start, totals = time.perf_counter(), [0.0, 0.0, 0.0]
+            start, sums = time.perf_counter(), {}
             for inputs in tqdm(self.get_eval_dataloader(), "evaluating", leave=False, disable=not self.is_world_process_zero()):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     outputs = self.model_wrapped(**self._prepare_inputs(inputs), num_items_in_batch=1)
-                totals = [a + float(b) for a, b in zip(totals, (outputs["loss"], outputs["correct"], inputs["supervised"]))]
-            loss, correct, count = self.accelerator.reduce(torch.tensor(totals, dtype=torch.float64).to(args.device), "sum").tolist()
-            metrics = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 100)), "eval_token_accuracy": correct / count}
-            metrics |= {"eval_bits_per_character": loss / math.log(2) / characters} if characters else {}
+                sums = {name: sums.get(name, 0.0) + float(value) for name, value in outputs.items()}
+            sums = dict(zip(sums, self.accelerator.reduce(torch.tensor([*sums.values()], dtype=torch.float64).to(args.device), "sum").tolist()))
+            metrics = {f"eval_{name}": total / sums["count"] for name, total in sums.items() if name != "count"}
+            metrics |= {"eval_perplexity": math.exp(min(metrics["eval_loss"], 100))} if "token_accuracy" in sums else {}
+            metrics |= {"eval_bits_per_character": sums["loss"] / math.log(2) / characters} if characters else {}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
             self.seconds_evaluating += time.perf_counter() - start
@@ -354,13 +358,15 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
             """Weights, and beside them tokenizer, chat template, stop tokens: a checkpoint can be talked to as well."""
             super()._save(output_dir, state_dict)
             if args.should_save:
-                folder, old = Path(output_dir), self.model.generation_config.to_dict()
+                folder = Path(output_dir)
                 (folder / "training_args.bin").unlink()  # a pickle
                 chat.tokenizer.save_pretrained(folder)
-                # Older chat models give a temperature without do_sample, which transformers refuses to save
-                old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
-                old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
-                GenerationConfig.from_dict(old).save_pretrained(folder)
+                if old := getattr(self.model, "generation_config", None):  # a reward model has none
+                    # Older chat models give a temperature without do_sample, which transformers refuses to save
+                    old = old.to_dict()
+                    old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
+                    old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
+                    GenerationConfig.from_dict(old).save_pretrained(folder)
                 about = {name: facts.get(name) for name in ("base", "base_fingerprint", "template")}
                 (folder / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
 
@@ -368,10 +374,9 @@ def make_trainer(model, args, chat: Chat, facts: dict, examples, blocks, eval_bl
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
     if 0 < args.warmup_steps < 1 and args.warmup_steps * steps < 1:
         args.warmup_steps = 0  # else the first of a few steps would have the learning rate 0
-    callbacks = [EarlyStoppingCallback(early_stopping_patience)] * bool(early_stopping_patience)
-    trainer = SupervisedTrainer(model, args, partial(collate, examples=examples, padded=padded), blocks, eval_blocks or None, callbacks=callbacks)
-    trainer.model_accepts_loss_kwargs = True  # supervised_forward divides by the supervised tokens of the global batch
-    trainer.steps, trainer.in_step, trainer.seconds_evaluating, trainer.seen = steps, [], 0.0, [0.0] * 3
+    trainer = SupervisedTrainer(model, args, collator, blocks, eval_blocks or None, callbacks=[EarlyStoppingCallback(patience)] * bool(patience))
+    trainer.model_accepts_loss_kwargs = True  # forward() divides by the supervised tokens, or pairs, of the global batch
+    trainer.steps, trainer.in_step, trainer.seconds_evaluating, trainer.seen = steps, [], 0.0, [0.0] * 4
     return trainer
 
 
@@ -396,11 +401,9 @@ def make_arguments(settings: dict, precision: str):
         raise BadInput(f"transformers refuses these flags: {' '.join(str(problem).split())[:300]}") from None
 
 
-def run_training(trainer, checkpoint: str | None) -> dict:
-    """Train, evaluate, draw the loss curve; returns what a training script prints as its last line."""
-    import pandas
+def run_training(trainer, checkpoint: str | None, panels: dict[str, list[str]]) -> dict:
+    """Train, evaluate, draw what `panels` names; returns what a training script prints as its last line."""
     import torch
-    from matplotlib.figure import Figure
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -418,14 +421,12 @@ def run_training(trainer, checkpoint: str | None) -> dict:
         known = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step and not args.load_best_model_at_end]
         metrics = known[0] if known else trainer.evaluate() if trainer.eval_dataset else {}
     if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
-        curves = pandas.DataFrame(trainer.state.log_history).groupby("step").max().filter(["loss", "eval_loss"]).interpolate()
-        axes = curves.plot(ax=Figure(figsize=(7, 4)).subplots(), marker=".", grid=True, ylabel="loss per supervised token")
-        axes.figure.savefig(output_dir / "loss.png", dpi=120)
-    tokens, supervised, loss = trainer.seen
+        draw_curves(trainer.state.log_history, panels, output_dir / "loss.png")
+    tokens, supervised, items, loss = trainer.seen  # a loss is divided by its items: tokens, or pairs
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
-              "train_loss": loss / max(1, supervised), "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
-    return report | {name: value for name, value in metrics.items() if name == "eval_bits_per_character"}
+              "train_loss": loss / max(1, items), "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+    return report | {name: value for name, value in metrics.items() if name[:5] == "eval_" and name not in ("eval_perplexity", "eval_token_accuracy")}
 
 
 def save_result(trainer, report: dict) -> None:

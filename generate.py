@@ -412,7 +412,7 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     return model
 
 
-def load(auto_class, name: str, **arguments):
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
@@ -420,7 +420,7 @@ def load(auto_class, name: str, **arguments):
         raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
     if arguments.get("output_loading_info"):
         loaded, found = loaded
-        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
             raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
     return loaded
 

@@ -346,59 +346,6 @@ def read_losses(model, rows: list[list[int]], batch_size: int, begins: list[int]
     return read_batches(model.base_model, rows, batch_size, lambda *batch: list(value_of(*batch)))
 
 
-def load_scorer(flags: dict):
-    """(model, Chat) that scores: the reward model, or the model that judges or whose loss is wanted; in training's arithmetic, without training's noise."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    name, lora_path, bits, precision, cuda = *(flags[name] for name in ("model_name_or_path", "lora_path", "bits", "precision")), torch.cuda.is_available()
-    if precision != "fp32" and not cuda:
-        if precision != "auto":
-            raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
-        precision = "fp32"
-    if precision == "auto":  # where bf16 is only emulated, fp16 is faster
-        precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    given = dict(dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=flags["trust_remote_code"],
-                 use_safetensors=None if flags["allow_pickle"] else True)
-    if bits < 16:  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
-        given["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    if flags["by"] == "reward":
-        return load_reward(flags["reward_model"], name, **given)
-    chat = load_chat(name, lora_path, flags["template"], flags["trust_remote_code"])
-    chat.last_round_only = True
-    model = load(AutoModelForCausalLM, name, output_loading_info=True, **given)
-    can_pack(model.config, 1)  # refuses models that change their logits behind the head
-    if len(chat.tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        if not lora_path:
-            raise BadInput(f"--template={flags['template']} has tokens that {name} never learned: give the template that it was trained with")
-        model.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)  # the adapter brings the rows
-    model = load_adapter(model, lora_path, name, flags["allow_pickle"]).get_base_model() if lora_path else model
-    return model.eval(), chat
-
-
-def load_chat(model_name_or_path: str, lora_path: str | None, template: str, trust_remote_code: bool) -> Chat:
-    """The tokenizer and template of the adapter if it brings its own, else of the base."""
-    from transformers import AutoTokenizer
-
-    folder = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
-    return Chat(load(AutoTokenizer, folder, trust_remote_code=trust_remote_code), template)
-
-
-def load(auto_class, name: str, **arguments):
-    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
-    try:
-        loaded = auto_class.from_pretrained(name, **arguments)
-    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
-    if arguments.get("output_loading_info"):
-        loaded, found = loaded
-        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
-            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
-    return loaded
-
-
 # ---- what is written ----
 def kept_rows(item: dict, keep: str, min_gap: float, output_file: str) -> list[dict]:
     """What output_file gets of an item; nothing where `keep` asks for two answers that differ, and it has none.
@@ -473,6 +420,101 @@ def report(items: list[dict], judges: dict) -> dict:
     return found
 
 
+# ---- loading ----
+def load_scorer(flags: dict):
+    """(model, Chat) that scores: the reward model, or the model that judges or whose loss is wanted; in training's arithmetic, without training's noise."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    name, lora_path, bits, precision, cuda = *(flags[name] for name in ("model_name_or_path", "lora_path", "bits", "precision")), torch.cuda.is_available()
+    if precision != "fp32" and not cuda:
+        if precision != "auto":
+            raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+        precision = "fp32"
+    if precision == "auto":  # where bf16 is only emulated, fp16 is faster
+        precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    given = dict(dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=flags["trust_remote_code"],
+                 use_safetensors=None if flags["allow_pickle"] else True)
+    if bits < 16:  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if flags["by"] == "reward":
+        return load_reward(flags["reward_model"], name, **given)
+    chat = load_chat(name, lora_path, flags["template"], flags["trust_remote_code"])
+    chat.last_round_only = True
+    model = load(AutoModelForCausalLM, name, output_loading_info=True, **given)
+    can_pack(model.config, 1)  # refuses models that change their logits behind the head
+    if len(chat.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if not lora_path:
+            raise BadInput(f"--template={flags['template']} has tokens that {name} never learned: give the template that it was trained with")
+        model.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)  # the adapter brings the rows
+    model = load_adapter(model, lora_path, name, flags["allow_pickle"]).get_base_model() if lora_path else model
+    return model.eval(), chat
+
+
+def load_chat(model_name_or_path: str, lora_path: str | None, template: str, trust_remote_code: bool) -> Chat:
+    """The tokenizer and template of the adapter if it brings its own, else of the base."""
+    from transformers import AutoTokenizer
+
+    folder = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
+    return Chat(load(AutoTokenizer, folder, trust_remote_code=trust_remote_code), template)
+
+
+def check_reward(reward_model: str, allow_pickle: bool = False) -> None:
+    """BadInput, without torch, if a folder is no reward model: neither ...ForSequenceClassification with one label nor an adapter of that."""
+    folder = Path(reward_model)
+    if (folder / "adapter_config.json").is_file():
+        check_whole(folder)
+        if (task := read_json(folder / "adapter_config.json").get("task_type")) != "SEQ_CLS":
+            raise BadInput(f"--reward_model={reward_model} is an adapter of the kind {task}, which gives no rewards: train one with train_reward.py")
+        return
+    check_model(reward_model, allow_pickle)
+    kinds = read_json(folder / "config.json").get("architectures") or ["nothing known"] if folder.is_dir() else []
+    if kinds and not kinds[0].endswith("ForSequenceClassification"):
+        raise BadInput(f"--reward_model={reward_model} is a {kinds[0]}, which gives no rewards: train one from it with train_reward.py")
+
+
+def load_reward(reward_model: str, base: str | None = None, **given):
+    """(model, Chat) of a folder that check_reward takes; `base`: of an adapter, where it is not what its adapter_config.json says.
+
+    `given` goes to from_pretrained. Each model writes a dialogue in its own template and ids: text goes from one to the other, never ids.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+
+    is_adapter = Path(reward_model, "adapter_config.json").is_file()
+    base = reward_model if not is_adapter else base or read_json(Path(reward_model, "adapter_config.json"))["base_model_name_or_path"]
+    tokenizer = load(AutoTokenizer, reward_model, trust_remote_code=given.get("trust_remote_code", False))
+    chat = Chat(tokenizer, last_round_only=True)  # of a dialogue the last answer is judged
+    verbosity = logging.get_verbosity()
+    if is_adapter:
+        given["num_labels"] = 1
+        logging.set_verbosity_error()  # the head that the base lacks comes with the adapter
+    model = load(AutoModelForSequenceClassification, base, may_lack=("score.weight",) * is_adapter, output_loading_info=True, **given)
+    logging.set_verbosity(verbosity)
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise BadInput(f"--reward_model={reward_model} gives {model.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
+    if is_adapter:
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # rows of its template's tokens, which the adapter brings
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model = load_adapter(model, reward_model, base).get_base_model()
+    model.score.float()  # in 16 bit two good answers would often get one reward
+    return model.eval(), chat
+
+
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
+
+
 # ==== rules ====
 def load_rules(rules: str) -> dict[str, tuple[float, Callable]]:
     """{name: (weight, function)} of FILE:name=weight,name=weight, a Python file of the user's; sample/rules.py says what a rule is.
@@ -519,48 +561,7 @@ def run_rules(rules: dict, messages: list[dict], answer: str, finished: bool, re
     return said
 
 
-# ==== reward ====
-def check_reward(reward_model: str, allow_pickle: bool = False) -> None:
-    """BadInput, without torch, if a folder is no reward model: neither ...ForSequenceClassification with one label nor an adapter of that."""
-    folder = Path(reward_model)
-    if (folder / "adapter_config.json").is_file():
-        check_whole(folder)
-        if (task := read_json(folder / "adapter_config.json").get("task_type")) != "SEQ_CLS":
-            raise BadInput(f"--reward_model={reward_model} is an adapter of the kind {task}, which gives no rewards: train one with train_reward.py")
-        return
-    check_model(reward_model, allow_pickle)
-    kinds = read_json(folder / "config.json").get("architectures") or ["nothing known"] if folder.is_dir() else []
-    if kinds and not kinds[0].endswith("ForSequenceClassification"):
-        raise BadInput(f"--reward_model={reward_model} is a {kinds[0]}, which gives no rewards: train one from it with train_reward.py")
-
-
-def load_reward(reward_model: str, base: str | None = None, **given):
-    """(model, Chat) of a folder that check_reward takes; `base`: of an adapter, where it is not what its adapter_config.json says.
-
-    `given` goes to from_pretrained. Each model writes a dialogue in its own template and ids: text goes from one to the other, never ids.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
-
-    is_adapter = Path(reward_model, "adapter_config.json").is_file()
-    base = reward_model if not is_adapter else base or read_json(Path(reward_model, "adapter_config.json"))["base_model_name_or_path"]
-    tokenizer = load(AutoTokenizer, reward_model, trust_remote_code=given.get("trust_remote_code", False))
-    chat = Chat(tokenizer, last_round_only=True)  # of a dialogue the last answer is judged
-    verbosity = logging.get_verbosity()
-    if is_adapter:
-        given["num_labels"] = 1
-        logging.set_verbosity_error()  # the head that the base lacks comes with the adapter
-    model = load(AutoModelForSequenceClassification, base, output_loading_info=not is_adapter, **given)
-    logging.set_verbosity(verbosity)
-    if model.config.num_labels != 1 or not hasattr(model, "score"):
-        raise BadInput(f"--reward_model={reward_model} gives {model.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
-    if is_adapter:
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # rows of its template's tokens, which the adapter brings
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model = load_adapter(model, reward_model, base).get_base_model()
-    model.score.float()  # in 16 bit two good answers would often get one reward
-    return model.eval(), chat
-
-
+# ==== read rewards ====
 def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) -> list[int]:
     """What a reward model reads: the dialogue up to the answer's stop token; of a cut answer up to its last token, and nothing behind it."""
     *prompt, (ids, _), _ = chat.encode([*messages, {"role": "assistant", "content": answer}])

@@ -288,6 +288,31 @@ def cut_document(chat: Chat, messages: list[dict], max_length: int, counts: Coun
         yield ids[begin : begin + max_length], trained[begin : begin + max_length]
 
 
+def cut_pair(chat: Chat, messages: list[dict], chosen: str, rejected: str, max_length: int, counts: Counter):
+    """Yield (ids, trained) of the better answer behind its question, then of the worse: each ends at its stop token, where its reward is read.
+
+    Both begin with one prompt, that of generation, and only the answers are trained. Where one of them is longer than max_length the
+    earliest rounds are left out, and if the last round alone is too long the pair is: no answer is cut.
+    """
+    system = messages[: messages[0]["role"] == "system"]
+    begins = [len(system), *(i for i, message in enumerate(messages) if i > len(system) and message["role"] == "user")]
+    for begin in begins:
+        asked, pair = system + messages[begin:], []
+        for text in (chosen, rejected):
+            *before, (answer, _), _ = chat.encode([*asked, {"role": "assistant", "content": text}])
+            pair.append(([i for ids, _ in before for i in ids], answer))
+        (prompt, better), (other, worse) = pair
+        if prompt != other or not prompt:
+            raise BadInput(f"template {chat.template} has " + ("no question before the answers" if prompt == other else "another question before each answer"))
+        if begin == begins[0]:
+            counts.update(answers=2, answer_tokens=len(better) + len(worse))
+        if len(prompt) + max(len(better), len(worse)) <= max_length:
+            counts["pair without its earliest rounds"] += begin > begins[0]
+            yield from ((prompt + answer, [False] * len(prompt) + [True] * len(answer)) for answer in (better, worse))
+            return
+    counts["pair longer than max_length (dropped)"] += 1
+
+
 def _join(pieces: list, max_length: int | None = None, context: int = 0) -> tuple[list[int], list[bool]]:
     """Pieces as one example; the first `context` answers are only read."""
     ids, trained = [], []
@@ -300,12 +325,13 @@ def _join(pieces: list, max_length: int | None = None, context: int = 0) -> tupl
 
 # ---- examples ----
 def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_records: bool = False, unescape_newlines: bool = False,
-                     document_separator: str | None = None):
+                     document_separator: str | None = None, preference: bool = False):
     """(examples, counts) of a file, in file order; from the cache where data, tokenizer, template, flags and our code are the same.
 
     `examples` is a datasets.Dataset that stays on the disk, so a corpus may be larger than the memory. Its columns: input_ids
     and labels (at most max_length; IGNORE_INDEX where nothing is trained), record (its number in the file), length.
-    `counts` is for summarize(). With a document_separator the file holds documents for pretraining; see numbered_records.
+    `counts` is for summarize(). With a document_separator the file holds documents for pretraining, with `preference` pairs, of which
+    each gives two examples in a row; see numbered_records.
     """
     frame = sum(len(ids) for ids, _ in chat.encode(SHORTEST))
     if frame > max_length:
@@ -316,7 +342,7 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
     from datasets import Dataset, Features, List, Value, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
-    how = chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator, chat.special_tokens
+    how = chat.jinja, chat.last_round_only, max_length, skip_bad_records, unescape_newlines, document_separator, preference, chat.special_tokens
     parts = file_hash(data_path), Path(data_path).suffix, file_hash(__file__), chat.tokenizer.backend_tokenizer.to_str(), repr(how)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]  # datasets adds to it, and takes 64 at most
     folder, name = cache_folder() / "examples" / key, Path(data_path).name
@@ -328,12 +354,12 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
             counts, worker = Counter(), copy.copy(chat)
             worker.tokenizer = None  # the other processes do without: it takes half a second to send
             read = lambda: ({"number": number, "record": json.dumps(record)} for number, record in numbered_records(
-                data_path, skip_bad_records, unescape_newlines, counts, document_separator))
+                data_path, skip_bad_records, unescape_newlines, counts, document_separator, preference))
             try:
                 records = Dataset.from_generator(read, Features(number=Value("int64"), record=Value("string")), cache_dir=scratch, fingerprint=key)
             except DatasetGenerationError as problem:
                 raise problem.__cause__ from None
-            cut = cut_document if document_separator else cut_dialogue
+            cut = cut_document if document_separator else cut_pair if preference else cut_dialogue
             processes = min(len(os.sched_getaffinity(0)), len(records) // 2000)
             records.map(
                 functools.partial(_tokenize_batch, worker, cut, max_length, skip_bad_records, data_path, scratch),
@@ -343,7 +369,8 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
             for file in Path(scratch).glob("counts-*"):
                 counts = sum((Counter(json.loads(line)) for line in file.read_text("utf-8").splitlines()), counts)
             if not counts["examples"]:
-                raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped")
+                why = "".join(f", {count:,} x {note}" for note, count in counts.items() if count and "(dropped)" in note)
+                raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped{why}")
             about = {"counts": counts, "files": {file.name: file_hash(file) for file in unfinished.glob("*.arrow")}}
             (unfinished / "counts.json").write_text(json.dumps(about), "utf-8")
     examples = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
@@ -362,7 +389,7 @@ def _tokenize_batch(chat: Chat, cut, max_length: int, skip_bad_records: bool, da
     examples, counts = {"input_ids": [], "labels": [], "record": [], "length": []}, Counter()
     for number, record in zip(batch["number"], batch["record"]):
         try:
-            found = list(cut(chat, json.loads(record)["messages"], max_length, counts))
+            found = list(cut(chat, *json.loads(record).values(), max_length, counts))
         except BadInput as problem:  # the template has no place for a role
             problem = f"{data_path}, record {number}: {problem}"
             if not skip_bad_records:
@@ -775,10 +802,11 @@ def show(flags: dict) -> None:
 
 
 _COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "num_train_epochs", "max_new_tokens",
-           "per_device_eval_batch_size", "ranks", "num_pieces", "repetition_penalty", "logging_steps", "save_steps", "eval_steps", "lora_alpha")
+           "per_device_eval_batch_size", "ranks", "num_pieces", "repetition_penalty", "logging_steps", "save_steps", "eval_steps", "lora_alpha",
+           "beta")
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
-          "early_stopping_patience", "dataloader_num_workers", "freeze_layers")
+          "early_stopping_patience", "dataloader_num_workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")
 
 
 def check_positive(**flags: float) -> None:
@@ -993,7 +1021,7 @@ def read_examples(flags: dict, chat: Chat):
     """(examples, counts, numbers of those to train on, of those to evaluate on): of data_path, and of eval_path behind them."""
     from datasets import concatenate_datasets
 
-    reading = {name: flags[name] for name in ("max_length", "skip_bad_records", "unescape_newlines", "document_separator") if name in flags}
+    reading = {name: flags[name] for name in ("max_length", "skip_bad_records", "unescape_newlines", "document_separator", "preference") if name in flags}
     read = tokenize_documents if "document_separator" in flags else tokenize_records
     examples, counts = read(flags["data_path"], chat, **reading)
     train_on, evaluate_on = hold_out(examples, flags["eval_size"], flags["seed"])
@@ -1032,6 +1060,24 @@ def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuf
             blocks[-1].append(e)
             room -= lengths[e]
     return blocks + [[] for _ in range(-len(blocks) % multiple_of)]
+
+
+def make_pair_blocks(lengths: list[int], chosen, max_length: int, *how) -> list[list[int]]:
+    """make_blocks for pairs, whose two examples stand side by side in one block of 2 * max_length tokens."""
+    pairs = [better + worse for better, worse in zip(lengths[::2], lengths[1::2])]
+    return [[e for pair in block for e in (2 * pair, 2 * pair + 1)] for block in make_blocks(pairs, chosen[::2] // 2, 2 * max_length, *how)]
+
+
+def draw_curves(history: list[dict], panels: dict[str, list[str]], file: Path) -> None:
+    """A picture of what a Trainer has logged: below one another {label of the axis: names of its curves}."""
+    import pandas
+    from matplotlib.figure import Figure
+
+    by_step, figure = pandas.DataFrame(history).groupby("step").max(), Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
+    for axes, (label, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
+        if not (curves := by_step.filter(names)).empty:
+            curves.interpolate().plot(ax=axes, marker=".", grid=True, ylabel=label)
+    figure.savefig(file, dpi=120)
 
 
 def describe(blocks: list[list[int]], lengths: list[int], args) -> str:

@@ -106,6 +106,7 @@ def expect(shapes: dict, changes: dict) -> float:
 def measure(shapes: dict, changes: dict) -> int:
     """Bytes of tensors that are alive at the most in two training steps."""
     import gc
+    from functools import partial
     from types import MethodType
 
     import numpy
@@ -115,7 +116,7 @@ def measure(shapes: dict, changes: dict) -> int:
     from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
     from finetune import layers_of
-    from finetune_lora import document_attention, make_trainer, speed_up_lora, supervised_forward
+    from finetune_lora import collate, document_attention, make_trainer, speed_up_lora, supervised_forward
 
     AttentionInterface.register("documents", document_attention)
     flags = DEFAULTS | changes
@@ -162,7 +163,7 @@ def measure(shapes: dict, changes: dict) -> int:
                 activation_checkpointing_kwargs={"use_reentrant": False} if flags["gradient_checkpointing"] else None, save_strategy="no", disable_tqdm=True,
                 remove_unused_columns=False, report_to="none", use_cpu=not torch.cuda.is_available(),
                 train_sampling_strategy="sequential", **{"optim": flags["optim"]} if "optim" in flags else {})
-            make_trainer(model, args, None, {}, examples, blocks, [], padded=False).train()
+            make_trainer(model, args, None, {}, partial(collate, examples=examples, padded=False), blocks, []).train()
     alive = most = 0
     for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
         alive += event.nbytes()

@@ -147,8 +147,7 @@ def ours(chat, rows, max_length, lora) -> dict:
             speed_up_lora(model)
         blocks = make_blocks(examples["length"], range(len(examples)), max_length, packing=True, shuffle=True, multiple_of=1)
         args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, **LOOP)
-        trainer = make_trainer(model, args, chat, {}, examples, blocks, [], padded=False)
-        trainer.data_collator = batches
+        trainer = make_trainer(model, args, chat, {}, batches, blocks, [])
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

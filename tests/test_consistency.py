@@ -17,6 +17,9 @@ TRAINING = [name for name in SCRIPTS if name.startswith(("finetune", "pretrain",
 SOURCES = {path.name: path.read_text("utf-8") for path in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("*.py")]}
 HEAVY = {"torch", "transformers", "peft", "datasets", "gradio", "accelerate", "deepspeed", "safetensors", "matplotlib", "pandas"}
 MEANT_OTHERWISE = {("quantize_gptq.py", "bits"),  # of what it writes, not of what it loads
+                   ("pretrain_clm.py", "train"),  # with embeddings
+                   *((script, flag) for script in ("train_reward.py", "train_dpo.py") for flag in ("max_length", "packing")),  # of pairs, which are never cut
+                   ("train_ppo.py", "max_length"),  # of prompts and their answers, which are not cut either
                    ("score_records.py", "data_path"), ("score_records.py", "output_file")}  # not to train on; not answers alone
 
 
@@ -130,8 +133,10 @@ def test_a_script_and_utils_alone_are_a_fork_that_runs(script, tmp_path):
 def test_a_copied_training_script_makes_two_steps(script, tmp_path, model_folder):
     for name in (script, "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
-    data = {"pretrain_clm.py": "corpus.txt"}.get(script, "conversation.json")
+    data = {"pretrain_clm.py": "corpus.txt", "train_reward.py": "preference.json", "train_dpo.py": "preference.json", "train_ppo.py": "prompts.jsonl"}.get(script, "conversation.json")
     flags = ["--model_name_or_path", model_folder, "--data_path", ROOT / "sample" / data, "--output_dir", "out", "--max_steps", "2", "--max_length", "128"]
+    if script == "train_ppo.py":
+        flags += ["--rules", ROOT / "sample" / "rules.py:chinese=1", "--max_new_tokens", "16", "--rollout_batch_size", "2", "--template", "ziya"]
     done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["supervised_tokens"] > 0, done.stderr[-2000:]
 

@@ -167,5 +167,5 @@ def test_evaluation_counts_each_token_once():
         parts = [model(**batch_of([example]), num_items_in_batch=1) for example in examples]
     count = batch_of(examples)["supervised"]
     assert math.isclose(float(whole["loss"]), float(sum(part["loss"] for part in parts)) / count, rel_tol=1e-5)
-    assert int(whole["correct"]) == sum(int(part["correct"]) for part in parts)
+    assert int(whole["token_accuracy"]) == sum(int(part["token_accuracy"]) for part in parts)
 

@@ -1,0 +1,496 @@
+"""Reward model: learn from pairs of answers which one people prefer, as one number (arXiv:2203.02155, step 2).
+
+Reads   a tuned model and preference records of any format in sample/README.md
+Writes  output_dir/, for AutoModelForSequenceClassification: the model, or the adapter with the head. Next: score_records.py, train_ppo.py
+
+    bash scripts/train_reward.sh                                             # every GPU of this machine, or the CPU
+    python train_reward.py --model_name_or_path M --data_path D --eval_size 0.1
+
+The reward of an answer is read at its stop token. Both answers of a pair stand in one row and do not see each other; the head sees
+their last positions alone. A model that is no better than "the longer answer is better" (length_baseline) has learned little.
+
+GPU memory for pairs of up to 2 x 1,024 tokens, 7B, r = 8 (estimate): in 4 bit 6.6 GB, in 8 bit 10.8 GB, in 16 bit 16.1 GB.
+"""
+import contextlib
+import datetime
+import importlib
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Literal
+
+from utils import (IGNORE_INDEX, SHORTEST, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe,
+                   draw_curves, explain, make_pair_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
+
+
+def main(
+    *,
+    # model and data
+    model_name_or_path: str,
+    data_path: str,
+    eval_path: str | None = None,
+    eval_size: float = 0,
+    output_dir: str = "output/train_reward",
+    template: str = "auto",
+    max_length: int = 1024,
+    packing: bool = True,
+    shuffle: bool = True,
+    skip_bad_records: bool = False,
+    unescape_newlines: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    # what is trained
+    train: Literal["lora", "full"] = "lora",
+    bits: Literal[16, 8, 4] = 16,
+    lora_r: int = 8,
+    lora_alpha: float = 16,
+    lora_target_modules: str = "all-linear",
+    center_rewards_coefficient: float = 0.01,
+    # optimization
+    per_device_train_batch_size: int = 1,
+    gradient_accumulation_steps: int = 8,
+    num_train_epochs: float = 1,
+    learning_rate: float = 1e-4,
+    lr_scheduler_type: str = "cosine",
+    warmup_steps: float = 0.03,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    gradient_checkpointing: bool = True,
+    early_stopping_patience: int = 0,
+    seed: int = 42,
+    resume: bool = False,
+    **training_arguments,
+):
+    """Train a reward model on preferences.
+
+    Args:
+        model_name_or_path: Folder or hub name of the base model.
+        data_path: Training data: JSON, JSONL, CSV or Parquet (pretrain_clm.py: also .txt, or a folder); see sample/README.md.
+        eval_path: File of records to evaluate on.
+        eval_size: Records of data_path held out to evaluate on: a number, or a share below 1.
+        output_dir: Folder for checkpoints and the result.
+        template: Prompt format: auto (the model's own), alpaca, vicuna_chat, yayi, chatml, ziya, llama2_chinese, llama2 or plain.
+        max_length: Tokens of a question with one answer; where that is more, its earliest rounds are left out, or the pair is dropped.
+        packing: Fill blocks of 2 * max_length tokens with whole pairs; else a pair is a block.
+        shuffle: Train in random order; else in that of the data, from easy to hard, say.
+        skip_bad_records: Drop bad records and say how many and why, instead of stopping.
+        unescape_newlines: Turn a literal backslash and n in the data into a line break.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Load weights that are pickles, which can run code.
+        train: lora (an adapter, and the whole head of a reward model) or full (all weights).
+        bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
+        lora_r: Rank of the update: r * (d_in + d_out) new weights per adapted layer.
+        lora_alpha: The update is scaled by lora_alpha / lora_r, with rsLoRA by lora_alpha / sqrt(lora_r).
+        lora_target_modules: Layers to adapt: all-linear, or names with commas such as q_proj,v_proj.
+        center_rewards_coefficient: Weight of the squared sum of a pair's rewards, which keeps them around zero.
+        per_device_train_batch_size: Blocks per step and GPU.
+        gradient_accumulation_steps: Steps whose gradients are added up before the weights change.
+        num_train_epochs: Passes over the data.
+        learning_rate: Peak of the schedule.
+        lr_scheduler_type: Schedule: cosine, linear, constant_with_warmup or another of transformers.
+        warmup_steps: Steps of linear warm-up: a number, or a share below 1.
+        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
+        early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
+        seed: Of everything random.
+        resume: Go on from the last checkpoint in output_dir.
+        training_arguments: Any other field of transformers.TrainingArguments, such as --max_steps or --report_to.
+    """
+    flags = dict(locals())
+    if bits < 16 and train != "lora":
+        raise BadInput(f"--bits={bits} needs --train lora: quantized weights cannot be trained themselves")
+    settings = check_run(flags)
+
+    # ---- load ----
+    import torch  # these imports take seconds: they wait until the flags are understood
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, set_seed
+
+    config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    goes_on = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")  # a reward model, whose head is kept
+    if goes_on and config.num_labels != 1:
+        raise BadInput(f"{model_name_or_path} classifies into {config.num_labels} labels, a reward is one number: give the chat model itself")
+    # One label; and no dropout, as some models have it, so that both answers are read alike
+    config.update({name: 0.0 for name, share in config.to_dict().items() if "drop" in name and isinstance(share, float)} | {"num_labels": 1})
+    with torch.device("meta"):  # names and shapes alone; before the arguments, since ZeRO-3 would shard it
+        skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    linear = {name.rpartition(".")[2] for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)} - {"score"}
+    targets = lora_target_modules if lora_target_modules == "all-linear" else [name.strip() for name in lora_target_modules.split(",")]
+    if unknown := [name for name in targets if name not in linear and targets != "all-linear"]:  # peft skips what it does not find
+        raise BadInput(f"--lora_target_modules: this model has no linear layer {unknown[0]!r}, it has {', '.join(sorted(linear))}; or take all-linear")
+    args, precision = make_arguments(settings, precision)
+    attention = choose_attention(skeleton, precision, max_length)
+    chat = Chat(load(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code), template, last_round_only=True)
+    check_tokenizer(chat, config)
+    if chat.new_tokens:
+        raise BadInput(f"{model_name_or_path} does not know {chat.new_tokens[0]} of --template={template}: tune it with this template first (finetune_lora.py)")
+    if args.deepspeed and args.hf_deepspeed_config.is_zero3() and bits < 16:
+        raise BadInput(f"--bits={bits} cannot be spread by ZeRO-3: take ds_configs/zero2.json, or --bits 16")
+    config.pad_token_id = choose_padding(chat, config)
+    chat.tokenizer.chat_template = template_up_to_the_stop_token(chat)
+
+    # ---- prepare ----
+    facts = run_facts(flags, template=chat.template, precision=precision, world_size=args.world_size)
+    check_ranks(args, facts)
+    checkpoint = resume_point(output_dir, facts) if resume else None
+    examples, counts, train_on, evaluate_on = read_examples(flags | {"preference": True}, chat)
+    lengths, per_step = list(examples["length"]), args.world_size * args.train_batch_size * gradient_accumulation_steps
+    blocks = make_pair_blocks(lengths, train_on, max_length, packing, shuffle, per_step)
+    eval_blocks = make_pair_blocks(lengths, evaluate_on, max_length, packing, shuffle, args.world_size * args.per_device_eval_batch_size)
+    if args.process_index == 0:
+        print(summarize(counts), describe(blocks, lengths, args), sep="\n", file=sys.stderr)
+
+    # ---- train ----
+    set_seed(seed)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision if train == "lora" or args.deepspeed else "fp32"]
+    quantization = None if bits == 16 else BitsAndBytesConfig(  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
+        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["score"])
+    model = load(AutoModelForSequenceClassification, model_name_or_path, may_lack=() if goes_on else ("score.weight",), config=config, dtype=dtype,
+                 quantization_config=quantization, attn_implementation=attention, use_safetensors=None if allow_pickle else True,
+                 trust_remote_code=trust_remote_code, device_map=None if args.deepspeed else {"": args.device}, output_loading_info=True)
+    if not hasattr(model.score.weight, "ds_id"):  # ZeRO-3 has given each rank its share of the head, as transformers begins it
+        if not goes_on:
+            torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+        model.score.float()
+    model.forward = MethodType(partial(reward_forward, center=center_rewards_coefficient), model)
+    if train == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=lora_r, lora_alpha=lora_alpha, target_modules=targets))  # peft saves the head with it
+        speed_up_lora(model)
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    collator = partial(collate_pairs, examples=examples, padded=not attention)
+    trainer = make_trainer(model, args, chat, facts, collator, blocks, eval_blocks, early_stopping_patience)
+    log_sums(trainer)
+    write_facts(output_dir, facts)
+    report = run_training(trainer, checkpoint, {"loss per pair": ["loss", "eval_loss"], "right pairs": ["accuracy", "eval_accuracy"],
+                                                "reward": ["margin", "eval_margin", "reward_chosen", "reward_rejected"]})
+
+    # ---- save ----
+    pairs = [(lengths[e], lengths[e + 1]) for e in (evaluate_on if len(evaluate_on) else train_on)[::2]]
+    report["length_baseline"] = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in pairs) / len(pairs)
+    if args.process_index == 0 and report.get("eval_accuracy", 1) <= report["length_baseline"]:
+        print(f"This reward model is right in {report['eval_accuracy']:.1%} of the held-out pairs, and taking the longer answer in "
+              f"{report['length_baseline']:.1%}: it has learned nothing that would be of use", file=sys.stderr)
+    save_result(trainer, report)
+
+
+def choose_padding(chat: Chat, config) -> int:
+    """The id of a token for padding, which the tokenizer is given: none that ends an answer.
+
+    transformers reads the reward at the last token that is not padding. Where an answer's stop token pads, as in many chat models,
+    it reads before it: a finished answer and one that was cut get one reward.
+    """
+    tokenizer, shown = chat.tokenizer, f"{chat.jinja}{chat.tokenizer.eos_token}{chat.tokenizer.unk_token}{chat.tokenizer.bos_token}"
+    unused = sorted((token for token in chat.control if token not in shown), key=lambda token: ("pad" not in token, chat.control[token]))
+    for token in (tokenizer.pad_token, *unused, tokenizer.bos_token, tokenizer.unk_token):
+        if token in chat.control and chat.control[token] not in (*chat.stop_ids, tokenizer.eos_token_id) and chat.control[token] < config.vocab_size:
+            tokenizer.pad_token = token
+            return chat.control[token]
+    raise BadInput(f"the tokenizer in {chat.name} has no control token besides its stop tokens, so none is left for padding")
+
+
+def template_up_to_the_stop_token(chat: Chat) -> str:
+    """The chat template without what stands behind the last answer's stop token: a text's last token is then the one whose reward is read."""
+    *_, (behind, _) = chat._segments(SHORTEST, add_generation_prompt=False)
+    if not behind:
+        return chat.jinja
+    inside = re.sub(r"(\{%-?)\s*generation\b", r"\1 if true", re.sub(r"(\{%-?)\s*endgeneration\b", r"\1 endif", chat.jinja))  # no such blocks inside of another
+    return (f"{{% set text %}}{inside}{{% endset %}}"
+            f"{{{{ text[:-{len(behind)}] if messages[-1].role == 'assistant' and not add_generation_prompt else text }}}}")
+
+
+def reward_forward(self, input_ids, labels, num_items_in_batch=1, position_ids=None, attention_mask=None, document_lengths=None, center=0.0, **_):
+    """forward() of a reward model in training: the loss of P pairs, -log sigmoid(r_chosen - r_rejected) + center * (r_chosen + r_rejected)^2.
+
+    Args:
+        input_ids, labels: (B, T) long, the answers chosen, rejected, chosen, ...; labels are IGNORE_INDEX but on the answers.
+        num_items_in_batch: Pairs of the global batch, by which the sum of the losses is divided.
+        document_lengths: Of a packed row (B = 1), with position_ids that start from 0 in each answer's text.
+    """
+    import torch
+
+    lengths = {"document_lengths": document_lengths} if self.config._attn_implementation == "documents" else {}
+    hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
+    answered = labels != IGNORE_INDEX
+    last = answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1))  # the stop token of each answer
+    with torch.autocast(hidden.device.type, enabled=False):  # the head is fp32
+        rewards = self.score(hidden[last].to(self.score.weight.dtype)).float()[:, 0]  # (2P,)
+    chosen, rejected = rewards[::2], rewards[1::2]
+    losses = torch.nn.functional.softplus(rejected - chosen) + center * (chosen + rejected) ** 2
+    sums = sum_pairs(self, chosen, rejected, reward_chosen=chosen, reward_rejected=rejected)
+    return {"loss": losses.sum() / num_items_in_batch} | sums
+
+
+# ==== pairs ====
+def collate_pairs(blocks: list[list[int]], examples, padded: bool, reference=None) -> dict:
+    """collate(), with one shift_label a pair: Trainer counts these, and their number in the global batch is what the loss is divided by."""
+    import torch
+
+    answers = [e for block in blocks for e in block]
+    known = {} if reference is None else {"reference": torch.tensor(reference[answers])}
+    return collate(blocks, examples, padded) | {"shift_labels": torch.zeros(len(answers) // 2, dtype=torch.long)} | known
+
+
+def sum_pairs(model, chosen, rejected, **values) -> dict:
+    """Sums over P pairs: of those where the chosen answer has the higher reward (ties count half), margins, `values`; in training for log_sums."""
+    right = (chosen > rejected) + (chosen == rejected) / 2
+    sums = {name: value.detach().sum() for name, value in {"accuracy": right, "margin": chosen - rejected, **values}.items()} | {"count": len(chosen)}
+    if model.training:
+        model.sums = {name: float(value) + getattr(model, "sums", {}).get(name, 0.0) for name, value in sums.items()}
+    return sums
+
+
+def log_sums(trainer) -> None:
+    """Add to each loss that is logged the means over the pairs since the last one."""
+    import torch
+    from transformers import TrainerCallback
+
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+
+    class LogSums(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            if "loss" in logs:
+                totals = trainer.accelerator.reduce(torch.tensor([*model.sums.values()], dtype=torch.float64).to(args.device), "sum").tolist()
+                sums, model.sums = dict(zip(model.sums, totals)), {}
+                means = {name: total / sums["count"] for name, total in sums.items() if name != "count"}
+                logs.update(means)
+                state.log_history[-1].update(means)
+
+    trainer.callback_handler.callbacks.insert(0, LogSums())  # before those that show or send the log
+
+
+# ==== fast lora ====
+def speed_up_lora(model) -> None:
+    """Let plain LoRA layers add their update in place: peft makes the update, its multiple and the sum, each as large as the layer's output."""
+    from peft.tuners.lora import Linear
+
+    def forward(self, x, *_, **__):
+        result = self.base_layer(x)
+        for name in [] if self.disable_adapters else self.active_adapters:
+            low = self.lora_A[name](self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
+            result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name])
+        return result
+
+    for module in model.modules():  # DoRA, quantized and ZeRO-3's sharded layers keep peft's own
+        if type(module) is Linear and not module.use_dora[module.active_adapters[0]] and not hasattr(module.base_layer.weight, "ds_id"):
+            module.forward = MethodType(forward, module)
+
+
+# ==== loading ====
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
+
+
+def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, document_lengths=None, **_):
+    """Causal attention inside each document of one packed row: (1, heads, T, head size) -> (1, T, heads, head size).
+
+    One call of torch's fused kernel per document needs no mask. The dense block mask that transformers would build for
+    the row costs T x T and the work of all pairs of documents.
+    """
+    import torch
+
+    if key.shape[1] < query.shape[1] and query.is_cuda and (query.dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8):
+        # GPUs before Ampere have no fused kernel for grouped heads: torch would fall back to one that holds all T x T scores
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
+    documents = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
+    return torch.cat([attend(*document) for document in documents], dim=2).transpose(1, 2), None
+
+
+def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
+    """How packed documents are kept apart: by flash_attention_2's variable-length kernel or by document_attention; None: padded rows."""
+    import torch
+    from transformers import AttentionInterface
+    from transformers.utils import is_flash_attn_2_available
+
+    AttentionInterface.register("documents", document_attention)
+    if not can_pack(skeleton.config, max_length) or not skeleton._supports_attention_backend:
+        return None
+    fused = precision in ("bf16", "fp16") and is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
+    return "flash_attention_2" if fused else "documents"
+
+
+# ==== training ====
+def collate(blocks: list[list[int]], examples, padded: bool) -> dict:
+    """A micro-batch: the examples of its blocks as one packed row, or as padded rows for models that cannot take that.
+
+    The first token of a document has nothing before it that could predict it, so it is never a label.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [examples[e] for block in blocks for e in block]
+    ids = [torch.tensor(row["input_ids"]) for row in rows] or [torch.tensor([0])]  # an empty block trains nothing
+    labels = [torch.tensor([IGNORE_INDEX] + row["labels"][1:]) for row in rows] or [torch.tensor([IGNORE_INDEX])]
+    counts = {"records": [row["record"] for row in rows], "tokens": sum(map(len, ids)) * bool(rows),
+              "supervised": sum(int((row != IGNORE_INDEX).sum()) for row in labels)}
+    if padded:
+        return counts | {"input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, IGNORE_INDEX),
+                         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
+    return counts | {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None], "document_lengths": [len(row) for row in ids],
+                     "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None]}
+
+
+def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_blocks, patience: int = 0, characters: int = 0):
+    """A Trainer that counts, stops at a NaN, evaluates (`characters`: of the evaluation text), and saves what a model needs to be talked to."""
+    import torch
+    from tqdm import tqdm
+    from transformers import EarlyStoppingCallback, GenerationConfig, Trainer
+
+    class SupervisedTrainer(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.in_step.append([inputs.pop("records"), inputs.pop("tokens"), inputs.pop("supervised"), num_items_in_batch])
+            self.in_step[-1].append(loss := super().training_step(model, inputs, num_items_in_batch))
+            return loss
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            """Called once a step: the place to count, and to stop at a NaN. fp16 skips steps whose gradient overflows, so its norm is not looked at."""
+            norm = super()._get_grad_norm(model, grad_norm)
+            of_gradient = 0.0 if norm is None or args.fp16 else float(norm)
+            (records, tokens, supervised, (items, *_), losses), self.in_step = zip(*self.in_step), []
+            totals = torch.tensor([sum(tokens), sum(supervised), sum(losses) / args.world_size], dtype=torch.float64)  # Trainer multiplies by the ranks
+            *counts, loss = self.accelerator.reduce(totals.to(args.device), "sum").tolist()
+            if not math.isfinite(loss + of_gradient):
+                ill = [held for held, of_batch in zip(records, losses) if not math.isfinite(float(of_batch))] or records  # of this rank
+                raise RunStopped(f"in step {self.state.global_step + 1} the loss is {loss:.4g}, the norm of its gradient {of_gradient:.4g}; the step holds "
+                                 f"the records {sorted(set(sum(ill, [])))}: look at them with inspect_labels.py, lower the learning rate, "
+                                 f"or, in fp16 with a model that was made in bf16, take --precision fp32. The checkpoints in {args.output_dir} are from before")
+            self.seen = [before + now for before, now in zip(self.seen, (*counts, float(items), loss * float(items)))]
+            return norm
+
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+            """Means of what forward() sums up, over all of the evaluation data, each token counted once."""
+            self.model_wrapped.eval()
+            start, sums = time.perf_counter(), {}
+            for inputs in tqdm(self.get_eval_dataloader(), "evaluating", leave=False, disable=not self.is_world_process_zero()):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = self.model_wrapped(**self._prepare_inputs(inputs), num_items_in_batch=1)
+                sums = {name: sums.get(name, 0.0) + float(value) for name, value in outputs.items()}
+            sums = dict(zip(sums, self.accelerator.reduce(torch.tensor([*sums.values()], dtype=torch.float64).to(args.device), "sum").tolist()))
+            metrics = {f"eval_{name}": total / sums["count"] for name, total in sums.items() if name != "count"}
+            metrics |= {"eval_perplexity": math.exp(min(metrics["eval_loss"], 100))} if "token_accuracy" in sums else {}
+            metrics |= {"eval_bits_per_character": sums["loss"] / math.log(2) / characters} if characters else {}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+            self.seconds_evaluating += time.perf_counter() - start
+            return metrics
+
+        def _save(self, output_dir=None, state_dict=None):
+            """Weights, and beside them tokenizer, chat template, stop tokens: a checkpoint can be talked to as well."""
+            super()._save(output_dir, state_dict)
+            if args.should_save:
+                folder = Path(output_dir)
+                (folder / "training_args.bin").unlink()  # a pickle
+                chat.tokenizer.save_pretrained(folder)
+                if old := getattr(self.model, "generation_config", None):  # a reward model has none
+                    # Older chat models give a temperature without do_sample, which transformers refuses to save
+                    old = old.to_dict()
+                    old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
+                    old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
+                    GenerationConfig.from_dict(old).save_pretrained(folder)
+                about = {name: facts.get(name) for name in ("base", "base_fingerprint", "template")}
+                (folder / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+
+    an_epoch = len(blocks) // (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+    if 0 < args.warmup_steps < 1 and args.warmup_steps * steps < 1:
+        args.warmup_steps = 0  # else the first of a few steps would have the learning rate 0
+    trainer = SupervisedTrainer(model, args, collator, blocks, eval_blocks or None, callbacks=[EarlyStoppingCallback(patience)] * bool(patience))
+    trainer.model_accepts_loss_kwargs = True  # forward() divides by the supervised tokens, or pairs, of the global batch
+    trainer.steps, trainer.in_step, trainer.seconds_evaluating, trainer.seen = steps, [], 0.0, [0.0] * 4
+    return trainer
+
+
+def make_arguments(settings: dict, precision: str):
+    """transformers' TrainingArguments, and the precision: auto is bf16 where the GPU computes in it (not where it is emulated), else fp16, on a CPU fp32."""
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    if not cuda and precision in ("bf16", "fp16"):
+        raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+    if precision == "auto":
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else deepspeed warns that it found no other
+    if not cuda and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():  # accelerate would leave the timeout out on CPUs
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=settings.get("ddp_timeout", 1800)))
+        if "deepspeed" in settings:
+            importlib.import_module("deepspeed").init_distributed("gloo", auto_mpi_discovery=False)
+    try:
+        return TrainingArguments(**settings, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not cuda, dataloader_pin_memory=cuda), precision
+    except ValueError as problem:
+        raise BadInput(f"transformers refuses these flags: {' '.join(str(problem).split())[:300]}") from None
+
+
+def run_training(trainer, checkpoint: str | None, panels: dict[str, list[str]]) -> dict:
+    """Train, evaluate, draw what `panels` names; returns what a training script prints as its last line."""
+    import torch
+
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    check_disk(output_dir, 0 if checkpoint else trained * (4 + 12 * ((args.save_total_limit or 5) + 1)))  # fp32 weights and two moments of AdamW
+    if checkpoint and json.loads(Path(checkpoint, "trainer_state.json").read_text("utf-8"))["global_step"] >= trainer.steps:
+        args.num_train_epochs, args.max_steps = 0, -1  # it was killed behind its last step: transformers would train one more
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # tqdm.write prints the losses there; the standard output is for the last line
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (RuntimeError, KeyboardInterrupt) as problem:  # torch.OutOfMemoryError is one; the CPU's allocator and gloo raise it bare
+            raise explain(problem, args, trainer.state.global_step + 1) or problem from None
+        seconds = time.perf_counter() - start - trainer.seconds_evaluating
+        last = trainer.state.log_history[-3:]
+        known = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step and not args.load_best_model_at_end]
+        metrics = known[0] if known else trainer.evaluate() if trainer.eval_dataset else {}
+    if trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+        draw_curves(trainer.state.log_history, panels, output_dir / "loss.png")
+    tokens, supervised, items, loss = trainer.seen  # a loss is divided by its items: tokens, or pairs
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
+              "train_loss": loss / max(1, items), "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+    return report | {name: value for name, value in metrics.items() if name[:5] == "eval_" and name not in ("eval_perplexity", "eval_token_accuracy")}
+
+
+def save_result(trainer, report: dict) -> None:
+    """Write the model or adapter with its tokenizer into output_dir, read back before it counts; print the report."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    args, model = trainer.args, trainer.model
+    output_dir, saving_in = Path(args.output_dir), Path(args.output_dir, ".saving")
+    if not isinstance(model, PeftModel) and not args.deepspeed:
+        # fp32 masters have done their work: what was computed with in each step were their 16-bit roundings
+        model.to(torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+    trainer.save_model(str(saving_in))  # under ZeRO-3 this gathers the shards, so every rank takes part
+    if trainer.is_world_process_zero():
+        saved = {name: tensor for file in saving_in.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        adapter = get_peft_model_state_dict(model, save_embedding_layers=False) if isinstance(model, PeftModel) else {}
+        wanted = sum(getattr(p, "ds_numel", p.numel()) for p in (adapter or dict(model.named_parameters())).values())
+        if (size := sum(tensor.numel() for tensor in saved.values())) < wanted:  # by size: transformers stores experts under other names
+            raise RunStopped(f"{saving_in} holds {size:,} weights after saving, {wanted:,} were trained or belong to the model")
+        if adapter and not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):  # tloen/alpaca-lora#446
+            raise RunStopped(f"the adapter in {saving_in} changes nothing, all its B matrices are zero: was the learning rate zero, or no step made?")
+        for file in sorted(saving_in.iterdir(), key=lambda file: not file.name.endswith(".safetensors")):
+            file.replace(output_dir / file.name)
+        saving_in.rmdir()
+        print(json.dumps(report, ensure_ascii=False))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    cli(main)
