@@ -121,7 +121,7 @@ def main(
     for number in range(buckets):
         write_rows(bucket_file(output_file, number), [row for row in rows if row["bucket"] == number])
     write_rows(output_file, rows)
-    print(json.dumps(report(items, judges) | order | {"written": len(rows), "output_file": output_file}, ensure_ascii=False))
+    print(json.dumps(summary_of(items, judges) | order | {"written": len(rows), "output_file": output_file}, ensure_ascii=False))
 
 
 def check_scoring(flags: dict) -> dict:
@@ -223,11 +223,6 @@ def old_scores(items: list[dict]) -> None:
         if not isinstance(found, list) or len(found) != len(item["answers"]) or not all(isinstance(score, (int, float)) for score in found):
             raise BadInput(f"{item['where']} has no score for each of its answers: score them with --by")
         item["scores"] = found
-
-
-def question_of(messages: list[dict]) -> str:
-    """The dialogue up to the answer, as text for a judge."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 # ---- scores ----
@@ -406,7 +401,7 @@ def write_rows(output_file: str, rows: list[dict]) -> None:
     unfinished.replace(output_file)
 
 
-def report(items: list[dict], judges: dict) -> dict:
+def summary_of(items: list[dict], judges: dict) -> dict:
     """What a run says of its file: means over all answers, and of preferences the share that is scored right (ties count half)."""
     answers = [(item, i) for item in items for i in range(len(item["answers"]))]
     mean = lambda values: sum(values) / len(values) if values else None
