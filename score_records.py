@@ -95,7 +95,7 @@ def main(
         per_device_eval_batch_size: Prompts that go through the model together.
     """
     flags = dict(locals())
-    judges = check_flags(flags)
+    judges = check_scoring(flags)
 
     # ---- load ----
     items = read_items(data_path, skip_bad_records, answered=by or keep != "prompts")
@@ -121,10 +121,10 @@ def main(
     for number in range(buckets):
         write_rows(bucket_file(output_file, number), [row for row in rows if row["bucket"] == number])
     write_rows(output_file, rows)
-    print(json.dumps(report(items, judges) | order | {"written": len(rows), "output_file": output_file}, ensure_ascii=False))
+    print(json.dumps(summary_of(items, judges) | order | {"written": len(rows), "output_file": output_file}, ensure_ascii=False))
 
 
-def check_flags(flags: dict) -> dict:
+def check_scoring(flags: dict) -> dict:
     """The rules; BadInput if flags do not go together or name what is not there: all of it without torch."""
     by, keep, buckets = flags["by"], flags["keep"], flags["buckets"]
     check_file("data_path", flags["data_path"])
@@ -139,7 +139,7 @@ def check_flags(flags: dict) -> dict:
             (flags["lora_path"] and not flags["model_name_or_path"], "--lora_path needs the --model_name_or_path that it was trained on"),
             (keep in ("best", "pairs", "hindsight") and by in ("loss", "ifd", "length"),
              f"--by={by} does not say which answer is better: take --by reward, rules or judge"),
-            (buckets and (by not in ("loss", "ifd", "length", "judge") or keep != "all"), "--buckets goes with --by loss, ifd, length or judge, and --keep all"),
+            (buckets > 0 and (by not in ("loss", "ifd", "length", "judge") or keep != "all"), "--buckets goes with --by loss, ifd, length or judge"),
             (buckets < 0 or not flags["min_gap"] >= 0, f"--buckets={buckets} and --min_gap={flags['min_gap']} must be zero or more")):
         if wrong:
             raise BadInput(what)
@@ -149,7 +149,9 @@ def check_flags(flags: dict) -> dict:
     if flags["reward_model"]:
         check_reward(flags["reward_model"], flags["allow_pickle"])
     if flags["model_name_or_path"]:
-        check_model(flags["model_name_or_path"], flags["allow_pickle"])
+        check_model(name := flags["model_name_or_path"], flags["allow_pickle"])
+        if Path(name).is_dir() and str(read_json(Path(name, "config.json")).get("architectures")).endswith("ForSequenceClassification']"):
+            raise BadInput(f"--model_name_or_path={name} is a reward model, which writes no text: give it as --reward_model, with --by reward")
     if flags["lora_path"]:
         check_adapter(flags["lora_path"])
         check_whole(Path(flags["lora_path"]))
@@ -223,11 +225,6 @@ def old_scores(items: list[dict]) -> None:
         item["scores"] = found
 
 
-def question_of(messages: list[dict]) -> str:
-    """The dialogue up to the answer, as text for a judge."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
 # ---- scores ----
 def give_scores(items: list[dict], flags: dict, judges: dict) -> dict:
     """Give each item its `scores`, of None where it is too long for the model; for a judge, how often its verdict changed with the order."""
@@ -296,6 +293,7 @@ def ask_model(asked: list[tuple], names: list, flags: dict):
     """
     by, size = flags["by"], flags["per_device_eval_batch_size"]
     model, chat = load_scorer(flags)
+    start = chat.tokenizer.eos_token_id if chat.tokenizer.bos_token_id is None else chat.tokenizer.bos_token_id
     rows, begins = [], []  # ids, and where the answer begins in them
     lead, *letters = letter_ids(chat) if by == "judge" else ([],)
     for (_, messages, *answer), name in zip(asked, names):
@@ -303,7 +301,7 @@ def ask_model(asked: list[tuple], names: list, flags: dict):
         if by != "judge":
             ids, begin = reward_ids(chat, messages, *answer), len(ids)
         if name == "alone":
-            ids, begin = [chat.tokenizer.bos_token_id or chat.tokenizer.eos_token_id] + ids[begin:], 1
+            ids, begin = [start] + ids[begin:], 1
         rows.append(ids)
         begins.append(begin)
     room = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -341,59 +339,6 @@ def read_losses(model, rows: list[list[int]], batch_size: int, begins: list[int]
             yield torch.nn.functional.cross_entropy(logits, torch.tensor(rows[number][begins[number]:], device=logits.device)).item()
 
     return read_batches(model.base_model, rows, batch_size, lambda *batch: list(value_of(*batch)))
-
-
-def load_scorer(flags: dict):
-    """(model, Chat) that scores: the reward model, or the model that judges or whose loss is wanted; in training's arithmetic, without training's noise."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    name, lora_path, bits, precision, cuda = *(flags[name] for name in ("model_name_or_path", "lora_path", "bits", "precision")), torch.cuda.is_available()
-    if precision != "fp32" and not cuda:
-        if precision != "auto":
-            raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
-        precision = "fp32"
-    if precision == "auto":  # where bf16 is only emulated, fp16 is faster
-        precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    given = dict(dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=flags["trust_remote_code"],
-                 use_safetensors=None if flags["allow_pickle"] else True)
-    if bits < 16:  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
-        given["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    if flags["by"] == "reward":
-        return load_reward(flags["reward_model"], name, **given)
-    chat = load_chat(name, lora_path, flags["template"], flags["trust_remote_code"])
-    chat.last_round_only = True
-    model = load(AutoModelForCausalLM, name, output_loading_info=True, **given)
-    can_pack(model.config, 1)  # refuses models that change their logits behind the head
-    if len(chat.tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        if not lora_path:
-            raise BadInput(f"--template={flags['template']} has tokens that {name} never learned: give the template that it was trained with")
-        model.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)  # the adapter brings the rows
-    model = load_adapter(model, lora_path, name, flags["allow_pickle"]).get_base_model() if lora_path else model
-    return model.eval(), chat
-
-
-def load_chat(model_name_or_path: str, lora_path: str | None, template: str, trust_remote_code: bool) -> Chat:
-    """The tokenizer and template of the adapter if it brings its own, else of the base."""
-    from transformers import AutoTokenizer
-
-    folder = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
-    return Chat(load(AutoTokenizer, folder, trust_remote_code=trust_remote_code), template)
-
-
-def load(auto_class, name: str, **arguments):
-    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
-    try:
-        loaded = auto_class.from_pretrained(name, **arguments)
-    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
-    if arguments.get("output_loading_info"):
-        loaded, found = loaded
-        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
-            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
-    return loaded
 
 
 # ---- what is written ----
@@ -456,7 +401,7 @@ def write_rows(output_file: str, rows: list[dict]) -> None:
     unfinished.replace(output_file)
 
 
-def report(items: list[dict], judges: dict) -> dict:
+def summary_of(items: list[dict], judges: dict) -> dict:
     """What a run says of its file: means over all answers, and of preferences the share that is scored right (ties count half)."""
     answers = [(item, i) for item in items for i in range(len(item["answers"]))]
     mean = lambda values: sum(values) / len(values) if values else None
@@ -468,6 +413,101 @@ def report(items: list[dict], judges: dict) -> dict:
         right = lambda a, b: (a > b) + (a == b) / 2
         found |= {"accuracy": mean([right(*item["scores"]) for item in pairs]), "length_baseline": mean([right(*map(len, item["answers"])) for item in pairs])}
     return found
+
+
+# ---- loading ----
+def load_scorer(flags: dict):
+    """(model, Chat) that scores: the reward model, or the model that judges or whose loss is wanted; in training's arithmetic, without training's noise."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    name, lora_path, bits, precision, cuda = *(flags[name] for name in ("model_name_or_path", "lora_path", "bits", "precision")), torch.cuda.is_available()
+    if precision != "fp32" and not cuda:
+        if precision != "auto":
+            raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+        precision = "fp32"
+    if precision == "auto":  # where bf16 is only emulated, fp16 is faster
+        precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    given = dict(dtype=dtype, device_map={"": "cuda" if cuda else "cpu"}, trust_remote_code=flags["trust_remote_code"],
+                 use_safetensors=None if flags["allow_pickle"] else True)
+    if bits < 16:  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if flags["by"] == "reward":
+        return load_reward(flags["reward_model"], name, **given)
+    chat = load_chat(name, lora_path, flags["template"], flags["trust_remote_code"])
+    chat.last_round_only = True
+    model = load(AutoModelForCausalLM, name, output_loading_info=True, **given)
+    can_pack(model.config, 1)  # refuses models that change their logits behind the head
+    if len(chat.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if not lora_path:
+            raise BadInput(f"--template={flags['template']} has tokens that {name} never learned: give the template that it was trained with")
+        model.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)  # the adapter brings the rows
+    model = load_adapter(model, lora_path, name, flags["allow_pickle"]).get_base_model() if lora_path else model
+    return model.eval(), chat
+
+
+def load_chat(model_name_or_path: str, lora_path: str | None, template: str, trust_remote_code: bool) -> Chat:
+    """The tokenizer and template of the adapter if it brings its own, else of the base."""
+    from transformers import AutoTokenizer
+
+    folder = lora_path if lora_path and Path(lora_path, "tokenizer_config.json").is_file() else model_name_or_path
+    return Chat(load(AutoTokenizer, folder, trust_remote_code=trust_remote_code), template)
+
+
+def check_reward(reward_model: str, allow_pickle: bool = False) -> None:
+    """BadInput, without torch, if a folder is no reward model: neither ...ForSequenceClassification with one label nor an adapter of that."""
+    folder = Path(reward_model)
+    if (folder / "adapter_config.json").is_file():
+        check_whole(folder)
+        if (task := read_json(folder / "adapter_config.json").get("task_type")) != "SEQ_CLS":
+            raise BadInput(f"--reward_model={reward_model} is an adapter of the kind {task}, which gives no rewards: train one with train_reward.py")
+        return
+    check_model(reward_model, allow_pickle)
+    kinds = read_json(folder / "config.json").get("architectures") or ["nothing known"] if folder.is_dir() else []
+    if kinds and not kinds[0].endswith("ForSequenceClassification"):
+        raise BadInput(f"--reward_model={reward_model} is a {kinds[0]}, which gives no rewards: train one from it with train_reward.py")
+
+
+def load_reward(reward_model: str, base: str | None = None, **given):
+    """(model, Chat) of a folder that check_reward takes; `base`: of an adapter, where it is not what its adapter_config.json says.
+
+    `given` goes to from_pretrained. Each model writes a dialogue in its own template and ids: text goes from one to the other, never ids.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+
+    is_adapter = Path(reward_model, "adapter_config.json").is_file()
+    base = reward_model if not is_adapter else base or read_json(Path(reward_model, "adapter_config.json"))["base_model_name_or_path"]
+    tokenizer = load(AutoTokenizer, reward_model, trust_remote_code=given.get("trust_remote_code", False))
+    chat = Chat(tokenizer, last_round_only=True)  # of a dialogue the last answer is judged
+    verbosity = logging.get_verbosity()
+    if is_adapter:
+        given["num_labels"] = 1
+        logging.set_verbosity_error()  # the head that the base lacks comes with the adapter
+    model = load(AutoModelForSequenceClassification, base, may_lack=("score.weight",) * is_adapter, output_loading_info=True, **given)
+    logging.set_verbosity(verbosity)
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise BadInput(f"--reward_model={reward_model} gives {model.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
+    if is_adapter:
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # rows of its template's tokens, which the adapter brings
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model = load_adapter(model, reward_model, base).get_base_model()
+    model.score.float()  # in 16 bit two good answers would often get one reward
+    return model.eval(), chat
+
+
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
 
 
 # ==== rules ====
@@ -514,48 +554,6 @@ def run_rules(rules: dict, messages: list[dict], answer: str, finished: bool, re
         if not math.isfinite(said[name]):
             raise BadInput(f"{where}: the rule {name} gives {said[name]}, a finite number belongs there")
     return said
-
-
-# ==== reward ====
-def check_reward(reward_model: str, allow_pickle: bool = False) -> None:
-    """BadInput, without torch, if a folder is no reward model: neither ...ForSequenceClassification with one label nor an adapter of that."""
-    folder = Path(reward_model)
-    if (folder / "adapter_config.json").is_file():
-        check_whole(folder)
-        if (task := read_json(folder / "adapter_config.json").get("task_type")) != "SEQ_CLS":
-            raise BadInput(f"--reward_model={reward_model} is an adapter of the kind {task}, which gives no rewards: train one with train_reward.py")
-        return
-    check_model(reward_model, allow_pickle)
-    kinds = read_json(folder / "config.json").get("architectures") or ["nothing known"] if folder.is_dir() else []
-    if kinds and not kinds[0].endswith("ForSequenceClassification"):
-        raise BadInput(f"--reward_model={reward_model} is a {kinds[0]}, which gives no rewards: train one from it with train_reward.py")
-
-
-def load_reward(reward_model: str, base: str | None = None, **given):
-    """(model, Chat) of a folder that check_reward takes; `base`: of an adapter, where it is not what its adapter_config.json says.
-
-    `given` goes to from_pretrained. Each model writes a dialogue in its own template and ids: text goes from one to the other, never ids.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
-
-    is_adapter = Path(reward_model, "adapter_config.json").is_file()
-    base = reward_model if not is_adapter else base or read_json(Path(reward_model, "adapter_config.json"))["base_model_name_or_path"]
-    tokenizer = load(AutoTokenizer, reward_model, trust_remote_code=given.get("trust_remote_code", False))
-    chat = Chat(tokenizer, last_round_only=True)  # of a dialogue the last answer is judged
-    verbosity = logging.get_verbosity()
-    if is_adapter:
-        given["num_labels"] = 1
-        logging.set_verbosity_error()  # the head that the base lacks comes with the adapter
-    model = load(AutoModelForSequenceClassification, base, output_loading_info=not is_adapter, **given)
-    logging.set_verbosity(verbosity)
-    if model.config.num_labels != 1 or not hasattr(model, "score"):
-        raise BadInput(f"--reward_model={reward_model} gives {model.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
-    if is_adapter:
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # rows of its template's tokens, which the adapter brings
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model = load_adapter(model, reward_model, base).get_base_model()
-    model.score.float()  # in 16 bit two good answers would often get one reward
-    return model.eval(), chat
 
 
 # ==== read rewards ====
