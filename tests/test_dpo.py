@@ -48,10 +48,6 @@ def answers(count=6, seed=0) -> list[dict]:
     return made
 
 
-def rows_of(batch: dict) -> dict:
-    return {name: value for name, value in batch.items() if name in ("input_ids", "position_ids", "attention_mask", "document_lengths")}
-
-
 def plain_log_prob(model, example) -> float:
     logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
     return -F.cross_entropy(logits, torch.tensor(example["labels"][1:]), reduction="sum")
@@ -62,7 +58,7 @@ def plain_log_prob(model, example) -> float:
 def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens_packed_or_padded(attention, padded):
     examples, plain, ours = answers(), llama("eager"), llama(attention)
     batch = collate_pairs([[0, 1, 2, 3], [4, 5]], examples, padded)
-    sums, tokens = answer_log_probs(ours, batch["labels"], rows_of(batch))
+    sums, tokens = answer_log_probs(ours, **batch)
     for example, found, count in zip(examples, sums, tokens):
         assert abs(float(found) - float(plain_log_prob(plain, example))) < 1e-4 and int(count) == len(example["input_ids"]) - 4
     assert len(batch["shift_labels"]) == 3
@@ -101,7 +97,7 @@ def test_losses_are_those_that_trl_gives_for_the_same_batch(loss_type, beta, rec
     """Recorded from DPOTrainer of trl 1.16.0, with these two models as policy and reference; benchmarks/dpo.py --check True compares anew."""
     examples, policy, reference = answers(), llama(), llama(tie_word_embeddings=True)
     batch = collate_pairs([list(range(len(examples)))], examples, padded=False)
-    (logps, tokens), (of_reference, _) = (answer_log_probs(model, batch["labels"], rows_of(batch)) for model in (policy, reference))
+    (logps, tokens), (of_reference, _) = (answer_log_probs(model, **batch) for model in (policy, reference))
     assert abs(float(preference_loss(logps, tokens, of_reference, loss_type, beta)[0].mean()) - recorded) < 1e-5
 
 
