@@ -76,7 +76,7 @@ def main(
     """Score the answers of a file, and write what can be learned from them.
 
     Args:
-        by: What scores: reward, rules, judge, loss, ifd or length; not given: the scores that the records have already.
+        by: What scores: reward, rules, judge, loss, ifd or length; not given: the scores that the records have already, or whoever chose.
         model_name_or_path: Folder or hub name of the base model.
         lora_path: Folder of an adapter for this base.
         data_path: Records with one answer, with `answers`, or with a preference; for --keep prompts also without any.
@@ -112,7 +112,7 @@ def main(
     order = give_scores(items, flags, judges) if by else {}
     if too_long := [item["where"] for item in items if None in item.get("scores", [])]:
         items = [item for item in items if item["where"] not in too_long]
-        print(f"dropped {len(too_long)} records that are longer than the model's context, {too_long[0]} for one", file=sys.stderr)
+        print(f"dropped {len(too_long)} records that are empty or longer than the model's context, {too_long[0]} for one", file=sys.stderr)
 
     # ---- save ----
     rows = in_buckets(items, flags) if buckets else [row for item in items for row in kept_rows(item, keep, min_gap, output_file)]
@@ -216,10 +216,10 @@ def item_of(row: dict) -> dict:
 
 
 def old_scores(items: list[dict]) -> None:
-    """Give the items the scores that stand in their rows; BadInput where there are none."""
+    """Give the items the scores that stand in their rows, or people's verdict, 1 for the chosen answer; BadInput where there is neither."""
     for item in items:
         row, kind = item["row"], item["kind"]
-        found = [row.get("score_chosen"), row.get("score_rejected")] if kind == "preference" else row.get("scores") if kind == "answers" else [row.get("score")]
+        found = [row.get("score_chosen", 1.0), row.get("score_rejected", 0.0)] if kind == "preference" else row.get("scores", [row.get("score")])
         if not isinstance(found, list) or len(found) != len(item["answers"]) or not all(isinstance(score, (int, float)) for score in found):
             raise BadInput(f"{item['where']} has no score for each of its answers: score them with --by")
         item["scores"] = found
@@ -266,9 +266,10 @@ def cached(asked: dict[tuple, tuple], flags: dict) -> dict[tuple, float | None]:
     from tqdm import tqdm
 
     folders = [flags[name] for name in ("model_name_or_path", "lora_path", "reward_model") if flags[name]]
-    adapters = [file_hash(str(file)) for folder in folders for file in sorted(Path(folder).glob("adapter_*"))]
-    facts = [flags[name] for name in ("by", "template", "bits", "precision")] + folders + [fingerprint(folder) for folder in folders] + adapters
-    facts += [file_hash(flags["data_path"]), COMPARE, GRADE, DIFFICULTY, flags["buckets"] > 0]
+    files = [str(file) for folder in folders for file in sorted(Path(folder).glob("*"))
+             if file.suffix in (".json", ".jinja") or file.name.startswith("adapter_model")]
+    facts = [flags[name] for name in ("by", "template", "bits", "precision")] + folders + [fingerprint(folder) for folder in folders]
+    facts += [flags["buckets"] > 0, *map(file_hash, (*files, flags["data_path"], __file__, inspect.getfile(Chat)))]
     file = cache_folder() / "scores" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:40]}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     said = {}
@@ -287,7 +288,7 @@ def cached(asked: dict[tuple, tuple], flags: dict) -> dict[tuple, float | None]:
 
 
 def ask_model(asked: list[tuple], names: list, flags: dict):
-    """Yield (number of what is asked, what the model says), the longest first; None for what is longer than its context.
+    """Yield (number of what is asked, what the model says), the longest first; None for what is longer than its context, or without a token to read.
 
     `names`: "alone" where an answer is to be read without its question, behind the token that begins a text.
     """
@@ -305,8 +306,8 @@ def ask_model(asked: list[tuple], names: list, flags: dict):
         rows.append(ids)
         begins.append(begin)
     room = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    fitting = [number for number, row in enumerate(rows) if len(row) <= room]
-    yield from ((number, None) for number in {*range(len(rows))} - {*fitting})
+    fitting = [number for number, row in enumerate(rows) if begins[number] < len(row) <= room]
+    yield from ((number, None) for number in sorted({*range(len(rows))} - {*fitting}))
     rows, begins = [rows[number] for number in fitting], [begins[number] for number in fitting]
     read = (read_rewards(model, rows, size) if by == "reward" else read_choices(model, rows, size, *letters) if by == "judge"
             else read_losses(model, rows, size, begins))
@@ -417,7 +418,7 @@ def summary_of(items: list[dict], judges: dict) -> dict:
 
 # ---- loading ----
 def load_scorer(flags: dict):
-    """(model, Chat) that scores: the reward model, or the model that judges or whose loss is wanted; in training's arithmetic, without training's noise."""
+    """(model, Chat) that scores: the reward model, or the model that judges or whose loss is wanted."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -212,6 +212,12 @@ def test_hindsight_trains_the_answers_alone_and_a_prompt_at_use_is_one_of_traini
     assert examples[0]["input_ids"][: len(prompt)] == prompt and BAD in chat.tokenizer.decode(examples[0]["input_ids"][len(prompt):])
 
 
+def test_what_people_chose_is_a_verdict_too(tmp_path):
+    pair = {"question": "你好", "response_chosen": "你好！", "response_rejected": "再见"}
+    assert [message["content"] for message in scored(tmp_path, pair, keep="hindsight")[0]["messages"]] == [f"你好\n\n{GOOD}", "你好！", BAD, "再见"]
+    assert scored(tmp_path, pair, name="best.jsonl", keep="best")[0]["messages"][-1]["content"] == "你好！"
+
+
 def test_prompts_are_what_the_engines_for_several_machines_read(tmp_path):
     import pyarrow.parquet
 
@@ -304,7 +310,7 @@ def test_a_bad_record_is_named_and_dropped_on_request(tmp_path, row, reason, cap
 
 def test_what_the_model_cannot_read_is_dropped_and_said(tmp_path, model_folder, capsys):
     rows = scored(tmp_path, {"instruction": "问", "output": "长" * 3000}, {"instruction": "问", "output": "短"}, by="loss", model_name_or_path=str(model_folder), template="ziya")
-    assert [row["output"] for row in rows] == ["短"] and "dropped 1 records that are longer than the model's context, " in capsys.readouterr().err
+    assert [row["output"] for row in rows] == ["短"] and "dropped 1 records that are empty or longer than the model's context, " in capsys.readouterr().err
 
 
 def test_a_policy_adapter_is_no_reward_model(tmp_path, reward_adapter, model_folder):
