@@ -28,8 +28,9 @@ from typing import Literal, NamedTuple
 from utils import BadInput, RunStopped, check_file, check_positive, cli
 
 DS_CONFIGS = Path(__file__).with_name("ds_configs")
-STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm", "train_reward", "train_dpo")
-ABOVE_ZERO = ("fit", "nnodes", "ranks", "max_length", "lora_r", "per_device_train_batch_size", "gradient_accumulation_steps")
+STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm", "train_reward", "train_dpo", "train_ppo")
+ABOVE_ZERO = ("fit", "nnodes", "ranks", "max_length", "lora_r", "per_device_train_batch_size", "gradient_accumulation_steps",
+              "per_device_rollout_batch_size", "max_new_tokens")
 CARDS = (11, 16, 24, 40, 80)
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # read here, since cli() leaves one GPU of them
 LOGITS_AT_ONCE = 2**25  # as in the training scripts
@@ -108,6 +109,11 @@ class Run(NamedTuple):
     zero: dict | None = None  # the section zero_optimization of the DeepSpeed file; None without DeepSpeed
     ranks: int = 1
     gpu: bool = True  # else on the CPU
+    critic: bool = False  # train_ppo.py: an adapter more that is trained
+    judge: float = 0.0  # train_ppo.py: weights of the reward model, in the precision of the run; those of an adapter at least
+    answers: int = 0  # train_ppo.py: sampled at once
+    max_length: int = 0  # tokens of one of them with its prompt
+    max_new_tokens: int = 0
 
 
 # ---- the flags of the training scripts ----
@@ -188,8 +194,10 @@ def main(
         change, parts = cheapest(flags, shapes, fit)
         print(f"\nto fit {fit:g} GB: {in_words(change) or 'nothing need change'}; {total(parts) / 1e9:.1f} GB on each card"
               + f", {parts['host'] / 1e9:.0f} GB of RAM" * (parts["host"] > 0))
-        words = {"data_path": "sample/corpus.txt" if stage == "pretrain_clm" else "sample/instruction.json", "model_name_or_path":
-                 "my/" * (not os.path.exists(model_name_or_path)) + model_name_or_path} | given | change  # no script can load a size
+        sample = {"pretrain_clm": "corpus.txt", "train_reward": "preference.json", "train_dpo": "preference.json", "train_ppo": "prompts.jsonl"}
+        rules = {"rules": "sample/rules.py:finished=1"} if stage == "train_ppo" and not given.get("reward_model") else {}
+        words = {"data_path": f"sample/{sample.get(stage, 'instruction.json')}", "model_name_or_path":
+                 "my/" * (not os.path.exists(model_name_or_path)) + model_name_or_path} | rules | given | change  # no script can load a size
         launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 or "deepspeed" in words else "python"
         print(f"\n    {launcher} {stage}.py {in_words(words)}")
 
@@ -264,16 +272,19 @@ def free_memory() -> tuple[list[int], int]:
 
 def cheapest(flags: dict, shapes: Shapes, fit: float, ram: float = float("inf")) -> tuple[dict, dict[str, float]]:
     """The flags whose change costs least to fit `fit` GB on each card, and the estimate with them; RunStopped if there are none."""
-    batch, steps, length = (flags[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"))
+    batch, steps, length = flags["per_device_train_batch_size"], flags.get("gradient_accumulation_steps"), flags["max_length"]
+    answers = flags.get("per_device_rollout_batch_size", 1)
     lora = "lora_r" in flags and flags.get("train", "lora") == "lora"
     files = ((1, "zero2"), (2, "zero3")) * (flags["ranks"] > 1) + ((4, "zero2_offload"), (6, "zero3_offload"))
     changes = [  # what each costs, a guess (the time that it takes; more where precision or context is the price), and what is changed
-        [(0.1 * n, {"per_device_train_batch_size": batch >> n, "gradient_accumulation_steps": steps << n}) for n in range(1, batch.bit_length())],
+        [(0.1 * n, {"per_device_train_batch_size": batch >> n} | ({"gradient_accumulation_steps": steps << n} if steps else {}))
+         for n in range(1, batch.bit_length())],
+        [(0.3 * n, {"per_device_rollout_batch_size": answers >> n}) for n in range(1, answers.bit_length())],
         [(1, {"gradient_checkpointing": True})] * (not flags["gradient_checkpointing"]),
-        [(0.5, {"optim": "adamw_8bit"})] * (flags["gpu"] and not flags["deepspeed"] and "8bit" not in flags["optim"]),
+        [(0.5, {"optim": "adamw_8bit"})] * (flags["gpu"] and not flags["deepspeed"] and "8bit" not in flags["optim"] and bool(steps)),
         [(cost, {"bits": bits}) for cost, bits in ((2, 4), (2.5, 8)) if lora and bits < flags["bits"]],
-        [(cost, {"deepspeed": os.path.relpath(DS_CONFIGS / f"{name}.json")}) for cost, name in files if flags["gpu"] and not flags["deepspeed"]],
-        [(5.0 * n, {"max_length": length >> n}) for n in range(1, 5) if length >> n >= 256],
+        [(cost, {"deepspeed": os.path.relpath(DS_CONFIGS / f"{name}.json")}) for cost, name in files if flags["gpu"] and not flags["deepspeed"] and steps],
+        [(5.0 * n, {"max_length": length >> n}) for n in range(1, 5) if length >> n >= max(256, 2 * flags.get("max_new_tokens", 0))],
     ]
     found = []  # what it costs, what it takes, what is changed, the estimate
     for choice in itertools.product(*([(0, {}), *ways] for ways in changes)):
@@ -362,7 +373,17 @@ def as_run(flags: dict) -> Run:
     answers = 2 if flags["stage"] in ("train_reward", "train_dpo") else 1  # of up to max_length tokens each, in one block, without dropout
     return Run(**{"lora_dropout": 0.0} | {name: flags[name] for name in Run._fields if name in flags} | dict(
         train=train, tables=flags["stage"] == "pretrain_clm" and train == "lora", precision=precision, zero=read_zero(flags["deepspeed"]),
-        tokens=answers * flags["per_device_train_batch_size"] * flags["max_length"], supervised=0 if flags["stage"] == "train_reward" else None))
+        tokens=answers * flags["per_device_train_batch_size"] * flags["max_length"], supervised=0 if flags["stage"] == "train_reward" else None)
+               | (of_rewards(flags) if flags["stage"] == "train_ppo" else {}))
+
+
+def of_rewards(flags: dict) -> dict:
+    """What a run of train_ppo.py has besides: a critic, a reward model (an adapter, where its folder does not say otherwise), and answers that are sampled."""
+    judge, weights = Path(flags["reward_model"] or ""), 0
+    if flags["reward_model"] and (judge / "config.json").is_file() and not (judge / "adapter_config.json").is_file():
+        weights = read_shapes(str(judge)).weights
+    return {"critic": flags["advantage"] == "gae", "judge": weights or int(bool(flags["reward_model"])), "gradient_accumulation_steps": 2,  # several blocks
+            "answers": min(flags["per_device_rollout_batch_size"], flags["rollout_batch_size"] * flags["num_generations"])}
 
 
 def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
@@ -377,6 +398,8 @@ def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
     # ---- what is there all the time ----
     tables = (1 if shapes.tied else 2) * shapes.table
     adapters = shapes.layers * sum(run.lora_r * (linear.d_in + linear.d_out) + run.use_dora * linear.d_out for linear in adapted)
+    frozen_adapters, judge = adapters * (run.judge == 1), run.judge if run.judge > 1 else 0
+    adapters *= 1 + run.critic
     trained = {"full": shapes.weights, "embeddings": tables, "lora": tables * run.tables}[run.train]
     if run.freeze_layers:  # the embedding as well
         trained -= run.freeze_layers * (shapes.count() // shapes.layers + shapes.in_norms) + shapes.table
@@ -386,6 +409,7 @@ def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
     # One in fp32 for each row; or one in 8 bit for each 64 weights, and for each 256 of them one in fp32
     scales = {8: 4 * shapes.layers * sum(linear.d_out for linear in shapes.linears), 4: quantized / 64 * (1 + 4 / 256)}.get(run.bits, 0)
     weights = trained * master + (frozen - quantized) * (master if full else computed) + quantized * run.bits / 8
+    weights += judge * computed
     gradients = (trained + adapters) * master
     state, of_tables = next((size for name, size in OPTIMIZERS.items() if name in run.optim), 8), min(trained, tables * trains_head)
     optimizer = state * (of_tables + (trained + adapters - of_tables) / (4 if "8bit" in run.optim else 1))  # bitsandbytes keeps that of embeddings in fp32
@@ -422,11 +446,21 @@ def estimate(shapes: Shapes, run: Run) -> dict[str, float]:
                        shapes.width * stream * (tokens if run.supervised is None else run.supervised), whole),
         "first layer": (gradients, (kept + working) * tokens + inputs, 0, whole),
         "embedding": (gradients, 0, second_table, 0),
+        "sampling": (0, *sampling_bytes(shapes, run, computed), whole),
         "step": (gradients, 0, 4 * (trained + adapters) * (run.optim == "adamw_torch" and run.gpu), 0),  # its roots, of all weights at once
     }
     gradients, activations, head, whole = max(moments.values(), key=sum)
-    return {"weights": weights, "adapters": adapters * master, "gradients": gradients, "optimizer": optimizer, "activations": activations,
+    return {"weights": weights, "adapters": (adapters + frozen_adapters) * master, "gradients": gradients, "optimizer": optimizer, "activations": activations,
             "head and loss": head, "quantisation": scales + whole, "ranks and ZeRO": buffers, "framework": CUDA if run.gpu else 0, "host": host}
+
+
+def sampling_bytes(shapes: Shapes, run: Run, computed: int) -> tuple[float, float]:
+    """Bytes of the keys and values of the answers that are sampled at once, with one layer of their prompts; and of the scores of one token of each."""
+    keys_values = 2 * shapes.width if shapes.kind == "bloom" else sum(linear.d_out for linear in shapes.linears if linear.name in ("k_proj", "v_proj"))
+    prompts = run.answers * (run.max_length - run.max_new_tokens)
+    layer = prompts * computed * (3 * shapes.inner + 4 * shapes.width)
+    # The cache grows by a copy of one layer's; scores in fp32, divided, as probabilities, summed up
+    return run.answers * run.max_length * keys_values * computed * (shapes.layers + 1) + layer, run.answers * shapes.vocabulary * 16
 
 
 def head_bytes(shapes: Shapes, run: Run, computed: int, stream: int, gradient: int, copy: int) -> float:
@@ -435,6 +469,8 @@ def head_bytes(shapes: Shapes, run: Run, computed: int, stream: int, gradient: i
     supervised = run.tokens if run.supervised is None else run.supervised
     logits = min(supervised, max(1, LOGITS_AT_ONCE // shapes.vocabulary)) * shapes.vocabulary
     states = 2 * supervised * shapes.width * stream  # the supervised ones, and their gradient
+    if run.answers:  # autograd of one chunk: logits, in fp32, by temperature, their logarithms, and the gradients of these
+        return states + logits * (2 * computed + 24)
     if run.zero is not None and run.zero.get("stage") == 3:  # plain autograd: logits, in fp32, their logarithms and the gradients of these
         return states + logits * (2 * computed + 12)
     norm = run.tokens * shapes.width * (8 + 2 * stream)

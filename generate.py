@@ -24,9 +24,12 @@ from typing import Literal
 from utils import (BadInput, Chat, check_adapter, check_file, check_model, clean_messages, cli, fingerprint, read_json,
                    read_rows, row_turns)
 
-RANGES = dict(max_new_tokens=(1, 2**31 - 1), temperature=(0, 100), top_p=(1e-6, 1), top_k=(0, 2**31 - 1), repetition_penalty=(0.01, 100),
-              seed=(0, 2**32 - 1), per_device_eval_batch_size=(1, 2**31 - 1))  # beyond, torch fails, or the answer is nonsense
-ANSWER = re.compile(rb'"(?:[^"\\]|\\.)*+"}')  # how a whole line of output_file ends: with a string of JSON
+RANGES = dict(max_new_tokens=(1, 2**31 - 1), temperature=(0, 100), top_p=(1e-6, 1), top_k=(0, 2**31 - 1), repetition_penalty=(0.01, 100), seed=(0, 2**32 - 1),
+              num_return_sequences=(1, 2**31 - 1), per_device_eval_batch_size=(1, 2**31 - 1))  # beyond, torch fails, or the answer is nonsense
+# How a whole line of output_file ends: with a string of JSON, or a list of them, and whether the model ended it
+TEXT, SAID = rb'"(?:[^"\\]|\\.)*+"', b"(?:true|false)"
+ANSWER = re.compile(rb'(?:%b|\[%b(?:, %b)*+\]), "finished": (?:%b|\[%b(?:, %b)*+\])}' % (*[TEXT] * 3, *[SAID] * 3))
+
 
 def main(
     *,
@@ -44,6 +47,7 @@ def main(
     system: str | None = None,
     input_file: str | None = None,
     output_file: str | None = None,
+    num_return_sequences: int = 1,
     per_device_eval_batch_size: int = 8,
     # how
     max_new_tokens: int = 512,
@@ -67,8 +71,9 @@ def main(
         prompt: One question to answer.
         system: System text of the prompt or of the chat.
         input_file: Records or {"prompt": ...} lines to answer.
-        output_file: Where their lines go, each with its answer added; a run that was killed goes on where it was.
-        per_device_eval_batch_size: Prompts of input_file that are answered together.
+        output_file: Where their lines go, each with its answer added, and whether the model ended it; a run that was killed goes on where it was.
+        num_return_sequences: Answers to each prompt of input_file; several are sampled apart, for score_records.py to compare.
+        per_device_eval_batch_size: Prompts that go through the model together.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_p: Sample among the likeliest tokens that together have this probability.
@@ -77,18 +82,21 @@ def main(
         seed: Of everything random.
     """
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    numbers = settings | dict(seed=seed, per_device_eval_batch_size=per_device_eval_batch_size)
+    numbers = settings | dict(seed=seed, per_device_eval_batch_size=per_device_eval_batch_size, num_return_sequences=num_return_sequences)
     adapters = check_flags(model_name_or_path, lora_path, allow_pickle, bits, load_in_8bit, numbers)
     if len(adapters) > 1:
         raise BadInput(f"--lora_path={lora_path}: several adapters are for webui.py; here give one")
     check_file("input_file", input_file)
     if bool(input_file) != bool(output_file):
         raise BadInput("--input_file and --output_file go together")
+    if num_return_sequences > 1 and (temperature < 1e-5 or not input_file):
+        raise BadInput(f"--num_return_sequences={num_return_sequences} " + ("needs a --temperature above 0: greedy answers are all the same" if input_file
+                       else "goes with --input_file and --output_file"))
     check_text("--prompt", prompt)
     check_text("--system", system)
     start = [{"role": "system", "content": system}] if system else []
     facts = numbers | dict(model_name_or_path=model_name_or_path, lora_path=lora_path, template=template, bits=bits, system=system)
-    asked, lines = read_file(input_file, output_file, start, facts) if input_file else ([], [])
+    asked, lines = read_file(input_file, output_file, start, facts, "answers" if num_return_sequences > 1 else "answer") if input_file else ([], [])
     if input_file and len(lines) == len(asked):
         return print(f"all {len(asked)} records are answered in {output_file} already", file=sys.stderr)
 
@@ -118,8 +126,12 @@ def main(
             file.seek(0, os.SEEK_END)
             for first in tqdm(range(begin, len(asked), batch_size), "answering", unit=" batches"):
                 torch.manual_seed(seed + first)  # each batch has its own, so that a run that goes on gives the answers of an unbroken one
-                answers = answer_batch(model, chat, [messages for messages, _ in asked[first : first + batch_size]], **settings)
-                file.writelines(begun + json.dumps(answer, ensure_ascii=False).encode() + b"}\n" for (_, begun), answer in zip(asked[first:], answers))
+                batch, many = asked[first : first + batch_size], num_return_sequences
+                answers = answer_batch(model, chat, [messages for messages, _ in batch], many, **settings)
+                for i, (_, begun) in enumerate(batch):
+                    texts, finished = map(list, zip(*answers[i * many : (i + 1) * many]))
+                    texts, finished = (texts, finished) if many > 1 else (texts[0], finished[0])
+                    file.write(begun + f'{json.dumps(texts, ensure_ascii=False)}, "finished": {json.dumps(finished)}}}\n'.encode())
                 file.flush()
     elif prompt is not None:
         for piece in stream(model, chat, question, **settings):
@@ -240,8 +252,8 @@ def stream(model, chat: Chat, messages: list[dict], **settings):
         raise problems[0]
 
 
-def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings) -> list[str]:
-    """Answers to several conversations at once."""
+def answer_batch(model, chat: Chat, conversations: list[list[dict]], num_return_sequences: int = 1, **settings) -> list[tuple[str, bool]]:
+    """(answer, did the model end it), num_return_sequences in a row for each of several conversations at once."""
     import torch
 
     prompts = [prompt_ids(chat, messages) for messages in conversations]
@@ -249,8 +261,9 @@ def answer_batch(model, chat: Chat, conversations: list[list[dict]], **settings)
     ids = torch.tensor([[chat.stop_ids[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)  # (B, width), padded left
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with torch.inference_mode():
-        rows = model.generate(input_ids=ids, attention_mask=mask, **generation_arguments(model, chat, **settings))[:, width:].tolist()
-    return ["".join(text_of(chat, row)) for row in rows]
+        rows = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=num_return_sequences,
+                              **generation_arguments(model, chat, **settings))[:, width:].tolist()
+    return [("".join(text_of(chat, row)), not set(chat.stop_ids).isdisjoint(row)) for row in rows]
 
 
 # ---- a file ----
@@ -266,8 +279,8 @@ def prompt_messages(row: dict) -> list[dict]:
     return messages
 
 
-def read_file(input_file: str, output_file: str, start: list[dict], facts: dict) -> tuple[list[tuple], list[bytes]]:
-    """([(conversation, its line in output_file up to the answer)], whole lines of output_file).
+def read_file(input_file: str, output_file: str, start: list[dict], facts: dict, name: str) -> tuple[list[tuple], list[bytes]]:
+    """([(conversation, its line in output_file up to the answer, which is called `name`)], whole lines of output_file).
 
     BadInput if output_file holds what this program did not write for these records, with these facts (in output_file.run.json).
     """
@@ -285,8 +298,8 @@ def read_file(input_file: str, output_file: str, start: list[dict], facts: dict)
     for row in read_rows(input_file, Counter()):
         try:
             messages = prompt_messages(row)
-            line = json.dumps({name: value for name, value in row.items() if name != "answer"}, ensure_ascii=False, default=str)
-            asked.append((start * (messages[0]["role"] != "system") + messages, f'{line[:-1]}, "answer": '.encode()))
+            line = json.dumps({key: value for key, value in row.items() if key not in ("answer", "answers", "finished")}, ensure_ascii=False, default=str)
+            asked.append((start * (messages[0]["role"] != "system") + messages, f'{line[:-1]}, "{name}": '.encode()))
         except (BadInput, UnicodeEncodeError) as problem:
             raise BadInput(f"{input_file}, record {len(asked)}: {problem}") from None
     *lines, cut = written.split(b"\n")  # what has no line end was cut off

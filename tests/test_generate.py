@@ -173,7 +173,7 @@ def test_batched_answers_are_those_of_one_at_a_time(talker):
     asked = [[{"role": "user", "content": text}] for text in ("你是谁？", "再见", "一个很长的问题，前面要补齐很多位置才行")]
     together = generate.answer_batch(model, chat, asked, **SETTINGS)
     assert together == [generate.answer_batch(model, chat, [messages], **SETTINGS)[0] for messages in asked]
-    assert together[1] == "再见！"
+    assert together[1] == ("再见！", True)
 
 
 def test_closing_a_stream_stops_the_model(talker):
@@ -211,7 +211,7 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(talker, model_fold
     answer(tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
-    assert [{key: value for key, value in line.items() if key != "answer"} for line in lines] == rows
+    assert [{key: value for key, value in line.items() if key not in ("answer", "finished")} for line in lines] == rows
     for cut in (0, 10, len(whole) // 2, len(whole) - 5):
         (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
         answer(tmp_path / "cut.jsonl")
@@ -245,7 +245,7 @@ def test_what_the_program_did_not_write_is_never_overwritten(model_folder, tmp_p
     else:
         Path(f"{out}.run.json" if kind == "its run.json" else out).write_text({
             "copy": source.read_text("utf-8"), "its run.json": '{"a": 1}',
-            "no answers": '{"prompt": "你好", "answer": null}\n{"prompt": "再见", "answer": ""}\n'}.get(kind, "my notes, one line without its end"), "utf-8")
+            "no answers": '{"prompt": "你好", "answer": null, "finished": true}\n{"prompt": "再见", "answer": "", "finished": true}\n'}.get(kind, "my notes, one line without its end"), "utf-8")
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr(generate, "load_base", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(BadInput, match="which would be lost|not from a run of generate.py|does not answer record 0"):
@@ -315,3 +315,26 @@ def test_the_terminal_chat_keeps_history_and_obeys_its_commands(talker, tmp_path
     first, second = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert first[0] == ("system", "新的") and first[1] == ("user", "你是谁？") and first[2][0] == "assistant" and len(first) == 3
     assert second[0] == ("system", "新的") and second[1] == ("user", "再见") and len(second) == 3
+
+
+def test_several_answers_to_a_prompt_are_sampled_apart_say_which_were_cut_and_go_on_after_a_kill(talker, model_folder, tmp_path):
+    _, _, adapter = talker
+    source = write(tmp_path, {"prompt": "你是谁？", "answers": ["旧"], "finished": [True]}, {"instruction": "再见", "output": "旧答案"}, {"prompt": "谁"})
+    answer = lambda out, **more: generate.main(**dict(model_name_or_path=str(model_folder), lora_path=str(adapter), input_file=source, output_file=str(out),
+                                                      per_device_eval_batch_size=2, num_return_sequences=3, max_new_tokens=12, temperature=2.0) | more)
+    answer(tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert all(len(line["answers"]) == len(line["finished"]) == 3 and "answer" not in line for line in lines) and lines[1]["output"] == "旧答案"
+    assert any(len(set(line["answers"])) > 1 for line in lines)
+    for cut in (0, 10, len(whole) // 2, len(whole) - 5):
+        (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
+        answer(tmp_path / "cut.jsonl")
+        assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    for most, ended in ((40, True), (2, False)):
+        answer(tmp_path / f"{most}.jsonl", num_return_sequences=1, max_new_tokens=most, temperature=0)
+        first = json.loads((tmp_path / f"{most}.jsonl").read_text().splitlines()[0])
+        assert first["finished"] is ended and (first["answer"] == "我是小驼🐪，你好龘！") is ended
+    for flags, reason in (({"temperature": 0}, "all the same"), ({"num_return_sequences": 2}, "num_return_sequences = 3, now it is 2"), ({"num_return_sequences": 0}, "from 1")):
+        with pytest.raises(BadInput, match=reason):
+            answer(tmp_path / "whole.jsonl", **flags)

@@ -75,7 +75,7 @@ def expected(server):
     """(ids of the prompt, answer) of generate.py for the same conversation."""
     model, chat = generate.load_model(str(server.folder))
     ids = [i for piece, _ in chat.encode(TALK, add_generation_prompt=True) for i in piece]
-    return ids, generate.answer_batch(model, chat, [TALK], **SETTINGS)[0]
+    return ids, generate.answer_batch(model, chat, [TALK], **SETTINGS)[0][0]
 
 
 def check(server, expected, answer):
