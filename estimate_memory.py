@@ -194,8 +194,10 @@ def main(
         change, parts = cheapest(flags, shapes, fit)
         print(f"\nto fit {fit:g} GB: {in_words(change) or 'nothing need change'}; {total(parts) / 1e9:.1f} GB on each card"
               + f", {parts['host'] / 1e9:.0f} GB of RAM" * (parts["host"] > 0))
-        words = {"data_path": "sample/corpus.txt" if stage == "pretrain_clm" else "sample/instruction.json", "model_name_or_path":
-                 "my/" * (not os.path.exists(model_name_or_path)) + model_name_or_path} | given | change  # no script can load a size
+        sample = {"pretrain_clm": "corpus.txt", "train_reward": "preference.json", "train_dpo": "preference.json", "train_ppo": "prompts.jsonl"}
+        rules = {"rules": "sample/rules.py:finished=1"} if stage == "train_ppo" and not given.get("reward_model") else {}
+        words = {"data_path": f"sample/{sample.get(stage, 'instruction.json')}", "model_name_or_path":
+                 "my/" * (not os.path.exists(model_name_or_path)) + model_name_or_path} | rules | given | change  # no script can load a size
         launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 or "deepspeed" in words else "python"
         print(f"\n    {launcher} {stage}.py {in_words(words)}")
 

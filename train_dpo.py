@@ -201,24 +201,20 @@ def main(
     save_result(trainer, report)
 
 
-def preference_forward(self, input_ids, labels, num_items_in_batch=1, position_ids=None, attention_mask=None, document_lengths=None, reference=None, *,
-                       loss, without_adapter=None, **_):
-    """forward() of a causal language model that learns from pairs: the loss of P pairs, as `loss` has it.
+def preference_forward(self, loss, num_items_in_batch=1, reference=None, without_adapter=None, **batch):
+    """forward() of a causal language model that learns from P pairs, whose answers stand in the batch as chosen, rejected, chosen, ...
 
     Args:
-        input_ids, labels: (B, T) long, the answers chosen, rejected, chosen, ...; labels are IGNORE_INDEX but on the answers.
+        loss: preference_loss with its settings.
         num_items_in_batch: Pairs of the global batch, by which the sum of the losses is divided.
-        document_lengths: Of a packed row (B = 1), with position_ids that start from 0 in each answer's text.
         reference: (2P,) log-probabilities under the reference; else without_adapter() makes this model the reference.
     """
     import torch
 
-    lengths = {"document_lengths": document_lengths} if self.config._attn_implementation == "documents" else {}
-    rows = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **lengths}
     if without_adapter:
         with torch.no_grad(), without_adapter():
-            reference, _ = answer_log_probs(self, labels, rows)
-    logps, tokens = answer_log_probs(self, labels, rows)  # (2P,), (2P,)
+            reference, _ = answer_log_probs(self, **batch)
+    logps, tokens = answer_log_probs(self, **batch)  # (2P,), (2P,)
     losses, rewards = loss(logps, tokens, reference)
     if self.training and self.may_be_off:  # nothing has been learned yet: the loss must be ln 2, and every margin 0
         off = float(((logps - reference).abs() / tokens).max()) if len(logps) else 0.0
@@ -230,11 +226,18 @@ def preference_forward(self, input_ids, labels, num_items_in_batch=1, position_i
     return {"loss": losses.sum() / num_items_in_batch} | sums
 
 
-def answer_log_probs(model, labels, rows: dict):
-    """The log-probability of each answer in a batch, the sum over its tokens, and their number: (A,) fp32, (A,)."""
+def answer_log_probs(model, input_ids, labels, position_ids=None, attention_mask=None, document_lengths=None, **_):
+    """The log-probability of each answer in a batch, the sum over its tokens, and their number: (A,) fp32, (A,).
+
+    Args:
+        input_ids, labels: (B, T) long; labels are IGNORE_INDEX but on the answers.
+        document_lengths: Of a packed row (B = 1), with position_ids that start from 0 in each answer's text.
+    """
     import torch
 
-    hidden, answered = model.base_model(**rows, use_cache=False)[0], labels[:, 1:] != IGNORE_INDEX
+    lengths = {"document_lengths": document_lengths} if model.config._attn_implementation == "documents" else {}
+    hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
+    answered = labels[:, 1:] != IGNORE_INDEX
     of_token = log_probs(hidden[:, :-1][answered], labels[:, 1:][answered], model.get_output_embeddings())
     last = (answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1)))[answered]
     answer = last.cumsum(0) - last.long()  # of which answer a token is
@@ -294,10 +297,8 @@ def reference_log_probs(model, args, collator, examples, blocks: list[list[int]]
     model.to(args.device)
     for block in tqdm(blocks[args.process_index :: args.world_size], "reference", disable=args.process_index > 0):
         batch = {name: value.to(args.device) if hasattr(value, "to") else value for name, value in collator([block]).items()}
-        lengths = {"document_lengths": batch.get("document_lengths")} if model.config._attn_implementation == "documents" else {}
-        rows = {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask")} | lengths
         with torch.no_grad(), torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            found[block] = answer_log_probs(model, batch["labels"], rows)[0]
+            found[block] = answer_log_probs(model, **batch)[0]
     if args.world_size > 1:
         torch.distributed.all_reduce(found)
     found = found.cpu().numpy()

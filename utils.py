@@ -1065,7 +1065,7 @@ def make_blocks(lengths: list[int], chosen, max_length: int, packing: bool, shuf
 def make_pair_blocks(lengths: list[int], chosen, max_length: int, *how) -> list[list[int]]:
     """make_blocks for pairs, whose two examples stand side by side in one block of 2 * max_length tokens."""
     pairs = [better + worse for better, worse in zip(lengths[::2], lengths[1::2])]
-    return [[e for pair in block for e in (2 * pair, 2 * pair + 1)] for block in make_blocks(pairs, chosen[::2] // 2, 2 * max_length, *how)]
+    return [[e for pair in block for e in (2 * pair, 2 * pair + 1)] for block in make_blocks(pairs, [e // 2 for e in chosen[::2]], 2 * max_length, *how)]
 
 
 def draw_curves(history: list[dict], panels: dict[str, list[str]], file: Path) -> None:

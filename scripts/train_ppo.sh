@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Learning from rewards: PPO, RLOO or GRPO. Edit the block, or set a line from outside, and add any flag of train_ppo.py:
-#   TOT_CUDA=0,1 MODEL_PATH=my/llama bash scripts/train_ppo.sh --num_train_epochs 1
+#   TOT_CUDA=0,1 MODEL_PATH=my/tuned_llama REWARD_MODEL=output/train_reward bash scripts/train_ppo.sh --advantage rloo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # ---- edit me ----
-MODEL_PATH=${MODEL_PATH:-}                        # base model; empty: the small default model
-DATA_PATH=${DATA_PATH:-sample/instruction.json}   # your records, see sample/README.md
+MODEL_PATH=${MODEL_PATH:-}                        # tuned model; empty: the small default model
+DATA_PATH=${DATA_PATH:-sample/prompts.jsonl}      # prompts, see sample/README.md
+RULES=${RULES-sample/rules.py:finished=1,repetition=1,chinese=1}  # a Python file and weights; empty: the reward model alone
+REWARD_MODEL=${REWARD_MODEL:-}                    # of train_reward.py; empty: the rules alone
 OUTPUT_PATH=${OUTPUT_PATH:-output/train_ppo}
 TOT_CUDA=${TOT_CUDA:-}                            # GPUs, as in 0,1; empty: all
 BITS=${BITS:-}                                    # 4 fits 7B into 11 GB, 8 as well, 16 wants 24 GB; empty: 4 on a GPU, 16 on a CPU
@@ -23,7 +25,11 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 [[ $CHECK_MEMORY =~ ^(warn|stop|off)$ ]] || { echo "error: CHECK_MEMORY=$CHECK_MEMORY is none of warn, stop, off" >&2; exit 2; }
 RANKS=$((GPUS > 0 ? GPUS : 1))
 RUN=(--model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_PATH" \
-  --bits "${BITS:-$((GPUS > 0 ? 4 : 16))}" "$@")  # last, so that the caller's flags win
+  --bits "${BITS:-$((GPUS > 0 ? 4 : 16))}")
+[[ -z $RULES ]] || RUN+=(--rules "$RULES")
+[[ -z $REWARD_MODEL ]] || RUN+=(--reward_model "$REWARD_MODEL")
+((GPUS > 0)) || RUN+=(--gradient_checkpointing False --rollout_batch_size 4 --num_generations 4 --max_new_tokens 64 --max_steps 20)  # minutes on a CPU
+RUN+=("$@")  # last, so that the caller's flags win
 if [[ $CHECK_MEMORY != off && $NODE_RANK == 0 && ! " $* " =~ " -h "|" --help " ]]; then  # the verdict alone: what else it finds wrong, the run says itself
   python estimate_memory.py --stage train_ppo --ranks "$RANKS" --nnodes "$NNODES" --verdict "$CHECK_MEMORY" "${RUN[@]}" >&2 2> /dev/null ||
     case $? in 3) exit 2 ;; 130) exit 130 ;; esac

@@ -1,10 +1,14 @@
 """PPO, RLOO and GRPO do what their formulas say, on answer tokens alone; the figures of the log are of what was sampled; a killed run goes on bit for bit."""
 import json
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from test_stages import same, weights
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
@@ -333,3 +337,47 @@ def test_bad_input_is_named(ppo, folder, files, tmp_path, flags, said):
     paths = {"base": str(folder), "adapter": str(tmp_path / "adapter"), "answers": str(tmp_path / "answers.jsonl"), "RULES:broken=1": f"{files[1]}:broken=1"}
     with pytest.raises(BadInput, match=said):
         ppo(**{name: paths.get(value, value) for name, value in flags.items()})
+
+
+# ---- several ranks ----
+def test_two_ranks_sample_apart_and_stay_one_model_and_go_on_bit_for_bit(folder, files, tmp_path):
+    """One launch, since torch takes seconds to import: a whole run, one that is cut, and its resume, on both ranks."""
+    (tmp_path / "driver.py").write_text(f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_ppo
+
+flags = dict(model_name_or_path={str(folder)!r}, data_path={files[0]!r}, rules={files[1]!r} + ":finished=1,short=1", max_steps=4, save_steps=2, rollout_batch_size=4,
+             num_generations=3, max_new_tokens=8, max_length=256, learning_rate=1e-3, gradient_checkpointing=False)
+figures, change, seen = train_ppo.figures, train_ppo.change, []
+
+def look(answers, *rest):
+    seen[-1]["answers"].append([answer["ids"] for answer in answers])
+    if seen[-1]["cut"] == len(seen[-1]["answers"]):
+        raise MemoryError
+    return figures(answers, *rest)
+
+def step(trained, *rest):
+    norm = change(trained, *rest)
+    seen[-1]["weights"].append(sum(float(p.detach().double().abs().sum()) for p in trained))
+    return norm
+
+train_ppo.figures, train_ppo.change = look, step
+for out, cut, resume in (("whole", 0, False), ("cut", 3, False), ("cut", 0, True)):
+    seen.append(dict(answers=[], weights=[], cut=cut))
+    try:
+        train_ppo.main(**flags, output_dir=os.path.join({str(tmp_path)!r}, out), resume=resume)
+    except MemoryError:
+        pass
+json.dump(seen, open(os.path.join({str(tmp_path)!r}, "rank" + os.environ["RANK"]), "w"))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000), str(tmp_path / "driver.py")]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    for (whole, cut, rest), (other, _, _) in (ranks, ranks[::-1]):
+        assert whole["answers"] != other["answers"] and whole["weights"] == other["weights"] and len(set(whole["weights"])) == 4
+        assert cut["answers"] == whole["answers"][:3] and rest["answers"] == whole["answers"][2:] and rest["weights"] == whole["weights"][2:]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    finished = [sum(ids[-1] == 1 for rank in ranks for ids in rank[0]["answers"][i]) / 12 for i in range(4)]
+    assert [json.loads(line)["finished"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()] == pytest.approx(finished)
