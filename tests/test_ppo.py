@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_model
 from test_stages import same, weights
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import train_ppo
+import train_reward
 from train_ppo import answer_states, compare_group, gae, policy_loss, token_log_probs, value_loss, whiten
-from utils import BadInput, Chat, RunStopped, fingerprint
+from utils import BadInput, Chat, RunStopped
 
 ALONE = SimpleNamespace(world_size=1, process_index=0, device=torch.device("cpu"))
 RULES = """
@@ -36,7 +37,7 @@ def broken(prompt, answer, finished, record):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, model_folder):
-    """A tuned model: it ends about every tenth answer token, its template has prompts with stop tokens, and its folder asks for another kind of sampling."""
+    """A tuned model: about every tenth token of its answers is a stop token, prompts hold some too; its folder asks for dropout and for other sampling."""
     folder = tmp_path_factory.mktemp("tuned")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     model.resize_token_embeddings(len(tokenizer) + 24, mean_resizing=False)  # rows that no token has
@@ -44,6 +45,7 @@ def folder(tmp_path_factory, model_folder):
         model.get_input_embeddings().weight[:, 0] = 2.0  # something that every hidden state has in common
         model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0.0
         model.get_output_embeddings().weight[tokenizer.eos_token_id, 0] = 2.2
+    model.config.attention_dropout = 0.5
     model.generation_config = GenerationConfig(do_sample=True, top_k=3, top_p=0.5, temperature=0.3, repetition_penalty=1.5)
     model.save_pretrained(folder)
     Chat(tokenizer, "alpaca").tokenizer.save_pretrained(folder)
@@ -225,20 +227,13 @@ def test_an_answer_ends_at_its_first_stop_token(folder):
 # ---- reward models ----
 @pytest.fixture(scope="module")
 def reward_folders(tmp_path_factory, folder, sentencepiece_folder):
-    """(adapter of the policy's base, whole model with another tokenizer and template), whose heads are random."""
-    from conftest import make_model
-    from peft import LoraConfig, get_peft_model
-
-    adapter, whole = tmp_path_factory.mktemp("adapter"), tmp_path_factory.mktemp("whole")
-    torch.manual_seed(1)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", init_lora_weights=False))
-    model.save_pretrained(adapter)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(adapter)
-    (adapter / "yangtuo.json").write_text(json.dumps({"base_fingerprint": fingerprint(str(folder))}))
+    """(adapter of the policy's base, as train_reward.py leaves it; whole model with another tokenizer and template)."""
+    adapter, whole = str(tmp_path_factory.mktemp("reward") / "adapter"), tmp_path_factory.mktemp("whole")
+    train_reward.main(model_name_or_path=str(folder), data_path=str(ROOT / "sample" / "preference.json"), output_dir=adapter, max_length=512, learning_rate=1e-2,
+                      max_steps=2, gradient_accumulation_steps=1, report_to="none")
     tokenizer = Chat(AutoTokenizer.from_pretrained(sentencepiece_folder), "ziya").tokenizer
     AutoModelForSequenceClassification.from_pretrained(make_model(whole, tokenizer), num_labels=1).save_pretrained(whole)
-    return adapter, whole
+    return adapter, str(whole)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
@@ -246,7 +241,7 @@ def test_a_reward_model_gives_what_it_gives_by_itself_at_the_last_token_of_its_o
     from peft import AutoPeftModelForSequenceClassification
 
     judge = reward_folders[kind == "whole"]
-    _, log, (answers,) = ppo(reward_model=str(judge), advantage="gae" if kind == "adapter" else "rloo", kl_coef=0.0, learning_rate=1e-4)
+    _, log, (answers,) = ppo(reward_model=judge, advantage="gae" if kind == "adapter" else "rloo", kl_coef=0.0, learning_rate=1e-4)
     load = AutoPeftModelForSequenceClassification if kind == "adapter" else AutoModelForSequenceClassification
     alone, chat = load.from_pretrained(judge, num_labels=1).eval(), Chat(AutoTokenizer.from_pretrained(judge))
     alone.config.pad_token_id = None  # then transformers reads at the last token
