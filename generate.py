@@ -68,7 +68,7 @@ def main(
         system: System text of the prompt or of the chat.
         input_file: Records or {"prompt": ...} lines to answer.
         output_file: Where their lines go, each with its answer added; a run that was killed goes on where it was.
-        per_device_eval_batch_size: Prompts of input_file that are answered together.
+        per_device_eval_batch_size: Prompts that go through the model together.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_p: Sample among the likeliest tokens that together have this probability.
@@ -345,7 +345,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
             messages = messages[:-2]
 
 
-# ---- loading ----
+# ==== loading ====
 def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False,
                chat: Chat | None = None):
     """(model, Chat), ready to generate; with a Chat that is loaded already, `template` is not used."""
