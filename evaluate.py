@@ -120,6 +120,7 @@ def main(
         per_device_eval_batch_size: Prompts that go through the model together.
         max_new_tokens: Longest answer, in tokens.
     """
+    flags = dict(locals())
     if compare:
         return compare_runs(compare, output_dir)
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("num_answers", num_answers, 0), ("max_length", max_length, 8),
@@ -136,7 +137,6 @@ def main(
         raise BadInput("--load_in_8bit True and --bits 4: give one of them")
     check_file("eval_path", eval_path)
     check_output_dir(output_dir, True, model_name_or_path)
-    flags = dict(locals())
     questions = read_tasks(chosen_tasks(tasks, data_dir, eval_path), data_dir, subjects, shots, limit, eval_path, num_answers)
     groups = [list(group) for _, group in itertools.groupby(questions, key=lambda question: (question["task"], question["subject"]))]
     facts = {name: flags[name] for name in ("model_name_or_path", "lora_path", "template", "max_length", "bits", "load_in_8bit", "precision",
@@ -182,7 +182,8 @@ def main(
     about = {"flags": {name: flags[name] for name in ("model_name_or_path", "lora_path", "template", "shots", "limit", "bits")}, "warnings": warnings}
     about |= {"prompt_hash": prompt_hash(questions), "prompts": facts["prompts"],
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
-    results = {"results": {task: summarize(list(those)) for task, those in itertools.groupby(lines, key=lambda line: line["task"]) if task != "answers"}} | about
+    by_task = itertools.groupby(lines, key=lambda line: line["task"])
+    results = {"results": {task: summarize(list(those)) for task, those in by_task if task != "answers"}} | about
     write_report(Path(output_dir), results, lines)
     replace_json(result, results)
     print(result_line(results, output_dir))
@@ -219,9 +220,20 @@ def files_of(task: str, data_dir: str) -> list[Path]:
     return files[:1] if task in ("hellaswag", "gsm8k") else files
 
 
-def read_tasks(tasks: list[str], data_dir: str | None, subjects: str | None, shots: int, limit: int | None, eval_path: str | None, num_answers: int) -> list[dict]:
+def subject_of(file: Path) -> str:
+    """law of law_val.csv, law_test.csv and law.csv."""
+    return file.stem.removesuffix("_val").removesuffix("_test")
+
+
+def read_tasks(tasks: list[str], data_dir: str | None, subjects: str | None, shots: int, limit: int | None, eval_path: str | None,
+               num_answers: int) -> list[dict]:
     """All questions in order: {"task", "subject", "id"}, and what they ask."""
     questions, wanted = [], [name.strip() for name in (subjects or "").split(",") if name.strip()]
+    have = {subject_of(file): file for task in tasks if task in ("ceval", "cmmlu", "mmlu") for file in files_of(task, data_dir)}
+    for name in wanted:
+        if name not in have:
+            near = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(name, have, n=1))
+            raise BadInput(f"--subjects={name} is none of the {len(have)} subjects of {', '.join(tasks)} in {data_dir}{near}")
     for task in tasks:
         if task == "perplexity":
             files = ([("perplexity", eval_path)] if eval_path else []) + [
@@ -233,14 +245,9 @@ def read_tasks(tasks: list[str], data_dir: str | None, subjects: str | None, sho
                     questions += [text | {"task": "answers"} for text in texts[:num_answers]]
             continue
         for file in files_of(task, data_dir):
-            subject = file.stem.removesuffix("_val").removesuffix("_test") if task in ("ceval", "cmmlu", "mmlu") else None
+            subject = subject_of(file) if task in ("ceval", "cmmlu", "mmlu") else None
             if subject is None or not wanted or subject in wanted:
                 questions += itertools.islice(READERS.get(task, read_exam)(task, subject, file, shots), limit)
-    for name in wanted:
-        if name not in (known := {question["subject"] for question in questions}):
-            have = {file.stem.removesuffix("_val").removesuffix("_test") for task in ("ceval", "cmmlu", "mmlu") if task in tasks for file in files_of(task, data_dir)}
-            near = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(name, have, n=1))
-            raise BadInput(f"--subjects={name} is no subject of {', '.join(tasks)} in {data_dir}{near or f': there are {len(have)}'}")
     return questions
 
 
@@ -250,15 +257,16 @@ def read_exam(task: str, subject: str, file: Path, shots: int):
              "mmlu": "The following are multiple choice questions (with answers) about {}.\n\n"}
     words = NAMES.get(task, "").split()
     head = heads[task].format(dict(zip(words[::2], words[1::2])).get(subject, subject.replace("_", " ")))  # a file of the user's may have any name
-    asks = lambda row: f"{row[0].strip()}\n" + "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row[1:5])) + ("\nAnswer:" if task == "mmlu" else "\n答案：")
+    end = "Answer:" if task == "mmlu" else "答案："
+    asks = lambda row: "\n".join([row[0].strip(), *(f"{letter}. {choice}" for letter, choice in zip("ABCD", row[1:5])), end])
     dev = file.parent.parent / "dev" / re.sub(r"_(val|test)\.csv$", "_dev.csv", file.name)
     if shots and not dev.is_file():
         raise BadInput(f"{task}: {dev} is missing, which the shots of {subject} are taken from: put it there, or ask with --shots 0")
     examples = exam_rows(dev) if shots else []
     for number, row in enumerate(exam_rows(file)):
         others = [other for other in examples if other[:5] != row[:5]][:shots]
-        yield dict(task=task, subject=subject, id=f"{subject}/{number}", head=head, shots=[(asks(other), "ABCD"[other[5]]) for other in others], question=asks(row),
-                   choices=list("ABCD"), answer=row[5])
+        yield dict(task=task, subject=subject, id=f"{subject}/{number}", head=head, shots=[(asks(other), "ABCD"[other[5]]) for other in others],
+                   question=asks(row), choices=list("ABCD"), answer=row[5])
 
 
 def exam_rows(file: Path) -> list[list]:
@@ -293,7 +301,8 @@ def read_arc(task: str, subject: None, file: Path, shots: int):
     def rows(file):
         for number, row in json_rows(file, "question", "answerKey"):
             choices = row["question"]["choices"] if isinstance(row["question"], dict) else row["choices"]
-            texts, labels = (choices["text"], choices["label"]) if isinstance(choices, dict) else zip(*((choice["text"], choice["label"]) for choice in choices))
+            listed = isinstance(choices, list)
+            texts, labels = ([choice[key] for choice in choices] if listed else choices[key] for key in ("text", "label"))
             question = row["question"]["stem"] if isinstance(row["question"], dict) else row["question"]
             yield dict(task=task, subject=subject, id=row.get("id", number), head="", question=f"Question: {question}\nAnswer:", choices=list(texts),
                        answer=list(labels).index(row["answerKey"]))
@@ -431,7 +440,7 @@ def rows_of(chat: Chat, plain: bool, question: dict, shots: list[tuple]) -> list
 
 
 def fit(chat: Chat, how: dict, question: dict, room: int = 0) -> tuple[list[tuple[list[int], int]], int, bool]:
-    """(rows, shots, is it cut): as many of the last shots as leave `room` in the model's context, and a question longer than that cut behind its first token."""
+    """(rows, shots, is it cut): with as many of the last shots as leave `room` in the model's context; a question longer than that is cut behind its BOS."""
     for first in range(len(question["shots"]) + 1):
         shots = question["shots"][first:]
         if "choices" in question:
@@ -478,12 +487,12 @@ def log_likelihoods(model, questions: list[list[tuple[list[int], int]]], prefix:
     scores, start = [[0.0] * len(rows) for rows in questions], len(prefix)
     order = sorted(range(len(questions)), key=lambda q: len(stems[q]))
     for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        width = max(len(stems[q]) for q in batch) - start
-        pads = {q: width - (len(stems[q]) - start) for q in batch}
-        masks = {q: [1] * start + [0] * pads[q] + [1] * (width - pads[q]) for q in batch}  # over prefix, padding, stem
+        longest = max(len(stems[q]) for q in batch)
+        masks = {q: [1] * start + [0] * (longest - len(stems[q])) + [1] * (len(stems[q]) - start) for q in batch}  # over prefix, padding, stem
         behind = branch(cache, [0] * len(batch))
-        logits = model(tensor([[0] * pads[q] + stems[q][start:] for q in batch]), attention_mask=tensor([masks[q] for q in batch]), past_key_values=behind,
-                       position_ids=tensor([[0] * pads[q] + [*range(start, len(stems[q]))] for q in batch]), logits_to_keep=1).logits  # (B, 1, V)
+        logits = model(tensor([[0] * (longest - len(stems[q])) + stems[q][start:] for q in batch]), attention_mask=tensor([masks[q] for q in batch]),
+                       position_ids=tensor([[0] * (longest - len(stems[q])) + [*range(start, len(stems[q]))] for q in batch]),
+                       past_key_values=behind, logits_to_keep=1).logits  # (B, 1, V)
         logits = logits[:, -1].float().log_softmax(-1)
         tails = []
         for b, q in enumerate(batch):
@@ -494,10 +503,10 @@ def log_likelihoods(model, questions: list[list[tuple[list[int], int]]], prefix:
         tails.sort(key=lambda row: len(row[3]))
         for rows in (tails[i : i + batch_size] for i in range(0, len(tails), batch_size)):
             width = max(len(tail) for *_, tail, _ in rows) - 1
-            pad = lambda ids: ids + [0] * (width - len(ids))
-            logits = model(tensor([pad(tail[:-1]) for *_, tail, _ in rows]), attention_mask=tensor([masks[q] + pad([1] * (len(tail) - 1)) for _, q, _, tail, _ in rows]),
-                           position_ids=tensor([[*range(len(stems[q]), len(stems[q]) + width)] for _, q, *_ in rows]),
-                           past_key_values=branch(behind, [b for b, *_ in rows])).logits  # (rows, width, V)
+            pads = [width - len(tail) + 1 for *_, tail, _ in rows]
+            logits = model(tensor([tail[:-1] + [0] * pad for (*_, tail, _), pad in zip(rows, pads)]), past_key_values=branch(behind, [b for b, *_ in rows]),
+                           attention_mask=tensor([masks[q] + [1] * (width - pad) + [0] * pad for (_, q, *_), pad in zip(rows, pads)]),
+                           position_ids=tensor([[*range(len(stems[q]), len(stems[q]) + width)] for _, q, *_ in rows])).logits  # (rows, width, V)
             for row, (_, q, c, tail, count) in zip(logits, rows):
                 found = row[: len(tail) - 1].float().log_softmax(-1).gather(1, tensor(tail[1:])[:, None])
                 scores[q][c] += float(found[-count:].sum())
@@ -524,8 +533,13 @@ def measure_choices(model, chat: Chat, how: dict, group: list[dict], starts: ran
             yield [choice_line(group[i], found[i], *fitted[i][1:]) for i in chunk]
 
 
+def heading(question: dict) -> dict:
+    """What the line of a question in samples.jsonl begins with."""
+    return {key: question[key] for key in ("task", "subject", "id")}
+
+
 def choice_line(question: dict, values: list[float], shots: int, cut: bool) -> dict:
-    """The line of a question in samples.jsonl, with its scores as lm-evaluation-harness defines them."""
+    """The line of a multiple-choice question, with its scores as lm-evaluation-harness defines them."""
     if not all(map(math.isfinite, values)):  # the greatest of nan is the first: a broken model would have 100 % in mc1
         raise RunStopped(f"{question['task']}, question {question['id']}: a log-likelihood is {values}: the model's weights are broken, or overflow in "
                          f"this precision: try --precision fp32")
@@ -539,7 +553,7 @@ def choice_line(question: dict, values: list[float], shots: int, cut: bool) -> d
         scores = {"acc": float(pick == answer)}
         for name, length in (("acc_norm", len), ("acc_bytes", lambda text: len(text.encode()))):
             scores[name] = float(max(range(len(choices)), key=lambda i: values[i] / max(1, length(choices[i]))) == answer)
-    return {key: question[key] for key in ("task", "subject", "id")} | dict(loglikelihoods=values, pick=pick, answer=answer, scores=scores, shots=shots, cut=cut)
+    return heading(question) | dict(loglikelihoods=values, pick=pick, answer=answer, scores=scores, shots=shots, cut=cut)
 
 
 def measure_answers(model, chat: Chat, how: dict, group: list[dict], starts: range):
@@ -580,23 +594,25 @@ def continuations(model, chat: Chat, prompts: list[list[int]], prefix: list[int]
 
     rows = model.get_input_embeddings().weight.shape[0]
     suppressed = list(range(len(tokenizer), rows)) or None  # padding of the vocabulary
-    written = model.generate(input_ids=ids, attention_mask=mask, past_key_values=branch(cache, [0] * len(prompts)), do_sample=False, temperature=None, top_p=None,
-                             top_k=None, repetition_penalty=1.0, max_new_tokens=max_new_tokens, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0],
-                             suppress_tokens=suppressed, stopping_criteria=StoppingCriteriaList([ended] if ends else []))[:, width:]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
+    written = model.generate(input_ids=ids, attention_mask=mask, past_key_values=branch(cache, [0] * len(prompts)), max_new_tokens=max_new_tokens,
+                             eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0], suppress_tokens=suppressed,
+                             stopping_criteria=StoppingCriteriaList([ended] if ends else []), **greedy)
+    texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
     return [re.split("|".join(map(re.escape, ends)), text)[0] if ends else text.strip() for text in texts]
 
 
 def answer_line(question: dict, output: str) -> dict:
     """The line of an answered question: for gsm8k with its scores, for a record with what it holds itself."""
-    line = {key: question[key] for key in ("task", "subject", "id")}
+    line = heading(question)
     if question["task"] == "answers":
         *_, asked, answer = question["messages"]
         return line | dict(question=asked["content"], answer=answer["content"], output=output)
     bare = lambda text: re.sub(r"\.$", "", re.sub(r"(?s).*#### |[,$]", "", text)).lower()
+    right = bare(question["answer"])
     strict, flexible = re.findall(r"#### (\-?[0-9\.\,]+)", output), re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", output)
     said = {"exact_match": strict[0] if strict else "[invalid]", "exact_match_flexible": flexible[-1] if flexible else "[invalid]"}
-    return line | dict(answer=bare(question["answer"]), output=output, scores={name: float(bare(text) == bare(question["answer"])) for name, text in said.items()})
+    return line | dict(answer=right, output=output, scores={name: float(bare(text) == right) for name, text in said.items()})
 
 
 def measure_text(model, chat: Chat, how: dict, group: list[dict], starts: range):
@@ -608,13 +624,14 @@ def measure_text(model, chat: Chat, how: dict, group: list[dict], starts: range)
             lines = []
             for question in group[start : start + starts.step]:
                 scored = "".join(message["content"] for message in question["messages"] if message["role"] == "assistant")
-                line = {key: question[key] for key in ("task", "subject", "id")} | dict(characters=len(scored), bytes=len(scored.encode()))
+                line = heading(question) | dict(characters=len(scored), bytes=len(scored.encode()))
                 found = [token_losses(model, ids, places) for ids, places in windows(chat, question, how["max_length"])]
                 nats, correct = ([value for window in found for value in window[i]] for i in (0, 1))
                 if not all(map(math.isfinite, nats)):
                     raise RunStopped(f"{question['task']}, record {question['id']}: its loss is no number: the model's weights are broken, or overflow in "
                                      f"this precision: try --precision fp32")
-                lines.append(line | dict(bits=sum(nats) / math.log(2), tokens=len(nats), correct=sum(correct)) if scored and nats else line | dict(dropped=True))
+                told = dict(bits=sum(nats) / math.log(2), tokens=len(nats), correct=sum(correct))
+                lines.append(line | (told if scored and nats else {"dropped": True}))
             yield lines
 
 
@@ -666,8 +683,8 @@ def look(model, chat: Chat, questions: list[dict]) -> list[str]:
         losses, _ = token_losses(model, ids, [*range(1, len(ids))])
     guessing = math.log(model.get_input_embeddings().weight.shape[0])
     if losses and (loss := sum(losses) / len(losses)) > guessing:
-        said = (f"the loss on the questions themselves is {loss:.1f} nats a token, above the {guessing:.1f} of guessing blindly (ln V): this is no language model "
-                f"as it stands; a delta that was not applied (apply_delta.py), or a tokenizer of another model?")
+        said = (f"the loss on the questions themselves is {loss:.1f} nats a token, above the {guessing:.1f} of guessing blindly (ln V): this is no language "
+                f"model as it stands. A delta that was not applied (apply_delta.py), or the tokenizer of another model?")
         print(f"warning: {said}", file=sys.stderr)
         return [said]
     return []
@@ -699,15 +716,16 @@ def summarize(lines: list[dict]) -> dict:
     if task == "perplexity":
         tokens = sum(line["tokens"] for line in whole)
         loss = sum(line["bits"] for line in whole) * math.log(2) / tokens
-        return found | dict(loss=loss, perplexity=math.exp(min(loss, 700)), tokens=tokens, characters=sum(line["characters"] for line in whole), dropped=len(lines) - len(whole))
+        return found | dict(loss=loss, perplexity=math.exp(min(loss, 700)), tokens=tokens, characters=sum(line["characters"] for line in whole),
+                            dropped=len(lines) - len(whole))
     subjects = {name: [line for line in whole if line["subject"] == name] for name in dict.fromkeys(line["subject"] for line in whole) if name}
     if subjects:
         each = {name: dict(zip(("score", "stderr"), mean_and_error(*values_of(those, metric)))) | {"n": len(those)} for name, those in subjects.items()}
         found |= {"macro": sum(one["score"] for one in each.values()) / len(each), "subjects": each}
     if task not in ("gsm8k", "truthfulqa"):
         found["chance"] = sum(1 / len(line["loglikelihoods"]) for line in whole) / len(whole)
-    return found | {"shots": max(line.get("shots", 0) for line in whole), "shots_dropped": sum(line.get("shots", 0) < max(
-        line.get("shots", 0) for line in whole) for line in whole), "cut": sum(line.get("cut", False) for line in whole)}
+    shots = [line.get("shots", 0) for line in whole]
+    return found | {"shots": max(shots), "shots_dropped": sum(count < max(shots) for count in shots), "cut": sum(line.get("cut", False) for line in whole)}
 
 
 def result_text(task: str, found: dict) -> str:
@@ -722,8 +740,9 @@ def cell(text: str) -> str:
     return (text if len(text) <= 300 else text[:300] + " …").replace("|", "\\|").replace("<", "&lt;")
 
 
-REMARKS = {"shots": "{} shots", "macro": "mean of the subjects {:.1%}", "token_accuracy": "{:.1%} of the tokens are the likeliest", "loss": "{:.3f} nats a token",
-           "shots_dropped": "{} asked with fewer shots, which the context cannot hold", "cut": "{} cut to the context", "dropped": "{} left out, empty or too long"}
+REMARKS = {"shots": "{} shots", "macro": "mean of the subjects {:.1%}", "token_accuracy": "{:.1%} of the tokens are the likeliest",
+           "loss": "{:.3f} nats a token", "shots_dropped": "{} asked with fewer shots, for lack of context", "cut": "{} cut to the context",
+           "dropped": "{} left out, empty or too long"}
 
 
 def write_report(folder: Path, results: dict, lines: list[dict]) -> None:
@@ -738,7 +757,8 @@ def write_report(folder: Path, results: dict, lines: list[dict]) -> None:
         about.append(f"| {task} | {result_text(task, one)} | {one['metric']} | {one['n']:,} | {chance} | {'; '.join(remarks)} |")
     about += ["", "± is the standard error. Bits per character: lower is better; records are scored on their answers, stop tokens included.", ""]
     if subjects := [(task, name, one) for task, whole in found.items() for name, one in whole.get("subjects", {}).items()]:
-        about += ["| task | subject | score | questions |", "|---|---|---|---|"] + [f"| {task} | {name} | {result_text(task, one)} | {one['n']} |" for task, name, one in subjects] + [""]
+        about += ["| task | subject | score | questions |", "|---|---|---|---|"]
+        about += [*(f"| {task} | {name} | {result_text(task, one)} | {one['n']} |" for task, name, one in subjects), ""]
     if answers := [line for line in lines if line["task"] == "answers"]:
         about += ["## Answers", "", "| question | as the record has it | the model |", "|---|---|---|"]
         about += [f"| {cell(line['question'])} | {cell(line['answer'])} | {cell(line['output'])} |" for line in answers]
@@ -788,8 +808,9 @@ def change_of(task: str, old: list[dict], new: list[dict]) -> dict | None:
     (a, weights), (b, _) = (values_of(list(side), metric) for side in zip(*pairs))
     differences = [y - x for x, y in zip(a, b)]
     mean, error = mean_and_error(differences, weights)
-    change = {"metric": metric, "lower_is_better": metric.startswith("bits"), "n": len(pairs), "before": sum(a) / sum(weights), "after": sum(b) / sum(weights),
-              "difference": mean, "stderr": error, "interval": None if error is None else [mean - 1.96 * error, mean + 1.96 * error], "p": sign_flip_p(differences)}
+    interval = None if error is None else [mean - 1.96 * error, mean + 1.96 * error]
+    change = {"metric": metric, "lower_is_better": metric.startswith("bits"), "n": len(pairs), "before": sum(a) / sum(weights),
+              "after": sum(b) / sum(weights), "difference": mean, "stderr": error, "interval": interval, "p": sign_flip_p(differences)}
     if "loglikelihoods" in old[0] and "acc" in pairs[0][0]["scores"]:
         chance = sum(1 / len(line["loglikelihoods"]) for line, _ in pairs) / len(pairs)
         near = [abs(sum(side) / len(side) - chance) <= 1.96 * (mean_and_error(side, weights)[1] or 1) for side in (a, b)]
@@ -819,47 +840,46 @@ def sign_flip_p(differences: list[float]) -> float:
 
 def change_text(task: str, change: dict) -> str:
     """One sentence on a task that claims no more than the error allows."""
-    scale, unit, digits = (1, " bits a character", 3) if change["lower_is_better"] else (100, " points", 1)
-    show = lambda value: f"{abs(value) * scale:.{digits}f}"
-    moved = f"{show(change['before'])} → {show(change['after'])}" + ("" if change["lower_is_better"] else " %")
+    lower = change["lower_is_better"]
+    scale, unit, digits = (1, " bits a character", 3) if lower else (100, " points", 1)
+    show = lambda value, sign="": f"{value * scale:{sign}.{digits}f}"
+    moved = f"{task}: {show(change['before'])} → {show(change['after'])}" + ("" if lower else " %")
     if change["interval"] is None:
-        return f"{task}: {moved}. With a single text no error can be given."
+        return f"{moved}. With a single text no error can be given."
     low, high = change["interval"]
-    down, up = ("gain", "loss") if change["lower_is_better"] else ("loss", "gain")
-    spread = f"{change['difference'] * scale:+.{digits}f}{unit}, 95 %: {low * scale:+.{digits}f} to {high * scale:+.{digits}f}; {change['n']:,} questions, p = {change['p_holm']:.2g}"
-    if change["verdict"] != "open":
-        return f"{task}: {moved} ({spread})."
-    possible = [f"a {down} of up to {show(low)}"] * (low < 0) + [f"a {up} of up to {show(high)}"] * (high > 0)
-    said = f" {' and '.join(possible)}{unit} {'are both' if len(possible) == 2 else 'is'} possible." if possible else " Both answer alike."
-    chance = f" Both are at chance here ({change['chance']:.0%}): this set cannot tell these models apart." if change.get("at_chance") else ""
-    return f"{task}: {moved} ({spread}).{said}{chance}"
+    said = f"{moved} ({show(change['difference'], '+')}{unit}, 95 %: {show(low, '+')} to {show(high, '+')}; n = {change['n']:,}, p = {change['p_holm']:.2g})."
+    if change["verdict"] == "open":
+        down, up = ("gain", "loss") if lower else ("loss", "gain")
+        possible = [f"a {down} of up to {show(-low)}"] * (low < 0) + [f"a {up} of up to {show(high)}"] * (high > 0)
+        said += f" Possible: {' as well as '.join(possible)}{unit}." if possible else " Both do alike on every one."
+        said += f" Both are at chance here ({change['chance']:.0%}): this set cannot tell these models apart." if change.get("at_chance") else ""
+    return said
 
 
 def comparison_text(runs: list[tuple], names: list[str], changes: dict) -> str:
     """report.md of two runs: the verdict, the picture, the figures, and the same questions answered by both."""
     (before, old), (after, new) = runs
-    title = {name: f"{run['flags']['model_name_or_path']}" + (f" with {run['flags']['lora_path']}" if run["flags"]["lora_path"] else "")
-             for name, (run, _) in zip(names, runs)}
-    about = [f"# What changed from {names[0]} to {names[1]}", "", *(f"{name}: {what}  " for name, what in title.items()), ""]
-    about += [f"**Warning:** {name}: {warning}\n" for name, (run, _) in zip(names, runs) for warning in run["warnings"]]
-    for verdict, heading in (("better", "Better"), ("worse", "Worse"), ("open", "No difference can be told")):
+    about = [f"# What changed from {names[0]} to {names[1]}", ""]
+    for name, (run, _) in zip(names, runs):
+        adapter = f" with {run['flags']['lora_path']}" if run["flags"]["lora_path"] else ""
+        about += [f"{name}: {run['flags']['model_name_or_path']}{adapter}, asked with --template {run['flags']['template']}  "]
+    about += [""] + [f"**Warning:** {name}: {warning}\n" for name, (run, _) in zip(names, runs) for warning in run["warnings"]]
+    for verdict, title in (("better", "Better"), ("worse", "Worse"), ("open", "No difference can be told")):
         if those := [task for task, change in changes.items() if change["verdict"] == verdict]:
-            about += [f"**{heading}**", "", *(f"- {change_text(task, changes[task])}" for task in those), ""]
-    asked = [task for task in changes if before["prompts"].get(task) != after["prompts"].get(task)]
-    about += [f"Not asked alike: {', '.join(asked)}; only questions that both have are compared.\n"] * bool(asked)
-    if before["flags"]["template"] != after["flags"]["template"]:
-        about += [f"Asked with --template {before['flags']['template']} before and {after['flags']['template']} after.\n"]
-    about += ["![before and after](report.png)", "", f"| task | {names[0]} | {names[1]} | difference | 95 % | p | questions | right only {names[0]} / only {names[1]} |",
-              "|---|---|---|---|---|---|---|---|"]
+            about += [f"**{title}**", "", *(f"- {change_text(task, changes[task])}" for task in those), ""]
+    if unlike := [task for task in changes if before["prompts"].get(task) != after["prompts"].get(task)]:
+        about += [f"Not the same questions: {', '.join(unlike)}; only those that both have are compared.", ""]
+    about += ["![before and after](report.png)", "",
+              f"| task | {names[0]} | {names[1]} | difference | 95 % | p | n | right only {names[0]} / only {names[1]} |", "|---|---|---|---|---|---|---|---|"]
     for task, change in changes.items():
-        scale, digits = (1, 3) if change["lower_is_better"] else (100, 1)
-        number = lambda value, sign="": f"{value * scale:{sign}.{digits}f}"
-        spread = " to ".join(number(value, "+") for value in change["interval"] or [])
+        scale, digits, measure = (1, 3, "bits a character") if change["lower_is_better"] else (100, 1, f"{change['metric']}, %")
+        before, after, difference, *interval = (f"{value * scale:{sign}.{digits}f}" for sign, value in zip(
+            ("", "", "+", "+", "+"), (change["before"], change["after"], change["difference"], *(change["interval"] or []))))
         turned = f"{change['only_before']} / {change['only_after']}" if "only_before" in change else ""
-        about.append(f"| {task}, {'bits a character' if change['lower_is_better'] else change['metric'] + ', %'} | {number(change['before'])} | {number(change['after'])} "
-                     f"| {number(change['difference'], '+')} | {spread} | {change['p_holm']:.2g} | {change['n']:,} | {turned} |")
-    about += ["", "The difference is paired, question by question. p: the chance of a difference as large if nothing had changed (signs flipped), after Holm's correction for the "
-              "number of tasks; below 0.05 counts. Bits a character: lower is better.", ""]
+        figures = [f"{task}, {measure}", before, after, difference, " to ".join(interval), f"{change['p_holm']:.2g}", f"{change['n']:,}", turned]
+        about.append(f"| {' | '.join(figures)} |")
+    about += ["", "The difference is paired, question by question; bits a character: lower is better. p: how often a difference as large comes about "
+              "if nothing had changed (signs flipped at random), corrected for the number of tasks (Holm); below 0.05 counts.", ""]
     answers = {line["id"]: line for line in new if line["task"] == "answers"}
     if both := [(line, answers[line["id"]]) for line in old if line["task"] == "answers" and line["id"] in answers]:
         about += ["## The same questions, answered by both", "", f"| question | as the record has it | {names[0]} | {names[1]} |", "|---|---|---|---|"]
@@ -867,68 +887,72 @@ def comparison_text(runs: list[tuple], names: list[str], changes: dict) -> str:
     return "\n".join(about) + "\n"
 
 
+COLOURS = {"better": "#0072B2", "worse": "#D55E00", "open": "#7a7a7a"}  # told apart by everyone (Okabe and Ito)
+
+
 def draw(path: Path, runs: list[tuple], names: list[str], changes: dict) -> None:
-    """The picture of one run, or of two with their changes: shares of right answers on the left, bits per character, record by record, on the right."""
+    """The picture of one run, or of two with their changes: right answers on the left, bits per character, record by record, on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as pyplot
 
-    colours = {"better": "#0072B2", "worse": "#D55E00", "open": "#7a7a7a"}
     tasks = list(changes or runs[0][0]["results"])
     shares, texts = [task for task in tasks if not task.startswith("perplexity")], [task for task in tasks if task.startswith("perplexity")][:2]
     widths = [1.5] * bool(shares) + [1] * len(texts)
-    figure, axes = pyplot.subplots(1, len(widths), figsize=(1 + 4.2 * sum(widths), max(4.6, 1.6 + 0.62 * len(shares))), width_ratios=widths, squeeze=False, layout="constrained")
-    axes = list(axes[0])
+    size = 1 + 4.2 * sum(widths), max(4.6, 1.6 + 0.62 * len(shares))
+    figure, _ = pyplot.subplots(1, len(widths), figsize=size, width_ratios=widths, layout="constrained")
+    axes = list(figure.axes)
     if shares:
-        axis = axes.pop(0)
-        for y, task in enumerate(reversed(shares)):
-            found = [run["results"][task] for run, _ in runs]
-            change = changes.get(task, {"verdict": "open"})
-            colour = colours[change["verdict"]] if changes else colours["better"]
-            values = [100 * change["before"], 100 * change["after"]] if changes else [100 * found[0]["score"]]
-            error = 196 * ((change["stderr"] if changes else found[0]["stderr"]) or 0)
-            for one in found[-1].get("subjects", {}).values():
-                axis.plot(100 * one["score"], y, "|", color="#c9c9c9", markersize=9, zorder=1)
-            if "chance" in found[0]:
-                axis.plot([100 * found[0]["chance"]] * 2, [y - 0.32, y + 0.32], color="black", linewidth=1, linestyle=":", zorder=1)
-            axis.errorbar(values[-1], y, xerr=error, color=colour, linewidth=6, alpha=0.25, zorder=2)
-            if changes:
-                axis.annotate("", (values[1], y), (values[0], y), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=4, shrinkB=4), zorder=3)
-                axis.plot(values[0], y, "o", color="white", markeredgecolor=colour, markersize=10, markeredgewidth=2, zorder=3)
-            axis.plot(values[-1], y, "o", color=colour, markersize=11, zorder=4)
-            said = f"{100 * change['difference']:+.1f} ± {error:.1f}" if changes else f"{values[0]:.1f} ± {error:.1f}"
-            axis.text(101.5, y, said, color=colour, va="center", fontweight="bold", clip_on=False)
-        axis.set(yticks=range(len(shares)), yticklabels=[f"{task}\n{runs[0][0]['results'][task]['n']:,} questions" for task in reversed(shares)], xlim=(0, 100),
-                 ylim=(-0.6, len(shares) - 0.4), xlabel="% right   (dotted: chance; band: 95 %" + ("; grey: subjects)" if any("subjects" in runs[-1][0]["results"][task] for task in shares) else ")"))
-        axis.set_title(f"hollow: {names[0]}, full: {names[1]}" if changes else "right answers", fontsize=11)
+        draw_shares(axes.pop(0), shares, runs, names, changes)
     for axis, task in zip(axes, texts):
         sides = [{line["id"]: line["bits"] / line["characters"] for line in lines if line["task"] == task and not line.get("dropped")} for _, lines in runs]
-        if changes:
-            change, shared = changes[task], [i for i in sides[0] if i in sides[1]]
-            x, y = ([side[i] for i in shared] for side in sides)
-            most = 1.05 * max(*x, *y)
-            axis.fill_between([0, most], [0, most], 0, color=colours["better"], alpha=0.06, linewidth=0)
-            axis.fill_between([0, most], [0, most], most, color=colours["worse"], alpha=0.06, linewidth=0)
-            axis.plot([0, most], [0, most], color="black", linewidth=0.8)
-            axis.scatter(x, y, s=28 if len(x) < 300 else 8, color=colours[change["verdict"]], alpha=0.55, linewidth=0)
-            axis.plot(change["before"], change["after"], "+", color="black", markersize=16, markeredgewidth=2.5)
-            axis.text(0.97 * most, 0.04 * most, f"{names[1]} better", color=colours["better"], ha="right")
-            axis.text(0.04 * most, 0.94 * most, f"{names[1]} worse", color=colours["worse"])
-            axis.set(xlim=(0, most), ylim=(0, most), aspect="equal", xlabel=f"{names[0]}: bits per character", ylabel=f"{names[1]}: bits per character")
-            axis.set_title(f"{task}: {change['before']:.2f} → {change['after']:.2f}\neach dot a record, the cross all of them", fontsize=11, color=colours[change["verdict"]])
-        else:
-            axis.hist(sides[0].values(), bins=20, color=colours["better"], alpha=0.8)
+        if not changes:
+            axis.hist(sides[0].values(), bins=20, color=COLOURS["better"], alpha=0.8)
             axis.axvline(runs[0][0]["results"][task]["score"], color="black", linewidth=2)
             axis.set(xlabel="bits per character", ylabel="records")
             axis.set_title(f"{task}: {runs[0][0]['results'][task]['score']:.2f}", fontsize=11)
+            continue
+        change, shared = changes[task], [i for i in sides[0] if i in sides[1]]
+        x, y = ([side[i] for i in shared] for side in sides)
+        most = 1.05 * max(*x, *y)
+        for verdict, edge, place, align in (("better", 0, (0.97, 0.04), "right"), ("worse", most, (0.04, 0.93), "left")):
+            axis.fill_between([0, most], [0, most], edge, color=COLOURS[verdict], alpha=0.06, linewidth=0)
+            axis.text(*place, f"{names[1]} is {verdict}", color=COLOURS[verdict], ha=align, transform=axis.transAxes)
+        axis.plot([0, most], [0, most], color="black", linewidth=0.8)
+        axis.scatter(x, y, s=28 if len(x) < 300 else 8, color=COLOURS[change["verdict"]], alpha=0.55, linewidth=0)
+        axis.plot(change["before"], change["after"], "+", color="black", markersize=16, markeredgewidth=2.5)
+        axis.set(xlim=(0, most), ylim=(0, most), aspect="equal", xlabel=f"{names[0]}: bits per character", ylabel=f"{names[1]}: bits per character")
+        axis.set_title(f"{task}: {change['before']:.2f} → {change['after']:.2f}\neach dot a record, the cross all of them", fontsize=11,
+                       color=COLOURS[change["verdict"]])
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    if changes:
-        verdicts = [(word, [task for task in tasks if changes[task]["verdict"] == verdict]) for verdict, word in (("better", "better"), ("worse", "worse"), ("open", "no difference told"))]
-        figure.suptitle("   ".join(f"{word}: {', '.join(those)}" for word, those in verdicts if those), fontsize=13, fontweight="bold")
+    words = {"better": "better", "worse": "worse", "open": "no difference told"}
+    found = {word: [task for task, change in changes.items() if change["verdict"] == verdict] for verdict, word in words.items()}
+    figure.suptitle("   ".join(f"{word}: {', '.join(those)}" for word, those in found.items() if those), fontsize=13, fontweight="bold")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def draw_shares(axis, tasks: list[str], runs: list[tuple], names: list[str], changes: dict) -> None:
+    """Right answers by task, in percent: the score with its 95 % as a band, an arrow from before to after, chance, and the subjects as marks."""
+    for y, task in enumerate(reversed(tasks)):
+        found, change = runs[-1][0]["results"][task], changes.get(task)
+        colour, now, error = (COLOURS[change["verdict"]], change["after"], change["stderr"]) if change else (COLOURS["better"], found["score"], found["stderr"])
+        axis.errorbar(100 * now, y, xerr=196 * (error or 0), color=colour, linewidth=7, alpha=0.25, zorder=2)
+        axis.plot(100 * now, y, "o", color=colour, markersize=11, zorder=4)
+        for one in found.get("subjects", {}).values():
+            axis.plot(100 * one["score"], y, "|", color="#c4c4c4", markersize=9, zorder=1)
+        if "chance" in found:
+            axis.plot([100 * found["chance"]] * 2, [y - 0.32, y + 0.32], color="black", linewidth=1, linestyle=":", zorder=1)
+        if change:
+            axis.annotate("", (100 * now, y), (100 * change["before"], y), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2), zorder=3)
+            axis.plot(100 * change["before"], y, "o", color="white", markeredgecolor=colour, markersize=10, markeredgewidth=2, zorder=3)
+        said = f"{100 * change['difference']:+.1f}" if change else f"{100 * now:.1f}"
+        axis.text(101.5, y, f"{said} ± {196 * (error or 0):.1f}", color=colour, va="center", fontweight="bold", clip_on=False)
+    axis.set(yticks=range(len(tasks)), yticklabels=[f"{task}\nn = {(changes.get(task) or runs[0][0]['results'][task])['n']:,}" for task in reversed(tasks)],
+             xlim=(0, 100), ylim=(-0.6, len(tasks) - 0.4), xlabel="% right; band: 95 %; dotted: chance; grey marks: subjects")
+    axis.set_title(f"hollow: {names[0]}, full: {names[1]}" if changes else "right answers", fontsize=11)
 
 
 # ==== loading ====

@@ -133,7 +133,7 @@ def record(model: Path, tasks: Path, names: list[str], chat: bool) -> dict:
 
     found = lm_eval.simple_evaluate(model="hf", model_args=f"pretrained={model},dtype=float32", tasks=names, task_manager=TaskManager(include_path=str(tasks)), batch_size=2,
                                     device="cpu", log_samples=True, apply_chat_template=chat, fewshot_as_multiturn=True, bootstrap_iters=0)
-    show = lambda answer: answer[0] if isinstance(answer[0], str) else [float(value) for value, _ in answer]
+    show = lambda answer: answer[0] if isinstance(answer[0], str) else [round(float(value), 6) for value, _ in answer]
     return {name.removeprefix("our_"): {
         "scores": {key.removesuffix(",none"): value for key, value in found["results"][name].items() if isinstance(value, float)},
         "samples": [show(sample["filtered_resps"] if "loglikelihood" in sample["arguments"] or len(sample["resps"]) > 1 else sample["resps"][0])
@@ -155,11 +155,12 @@ def main() -> None:
             make_model(model, bos)
             side = "bos" if bos else "no bos"
             result[side] = record(model, work / "tasks", names, chat=False)
-            texts = HFLM(str(model), dtype="float32", device="cpu", batch_size=1)
+            # told to add no BOS of its own, since for perplexity it puts one before each text, and would count the second one as text
+            texts = HFLM(str(model), dtype="float32", device="cpu", batch_size=1, add_bos_token=False)
             requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(TEXTS)]
-            result[side]["perplexity"] = {"samples": [-float(value) / math.log(2) for value in texts.loglikelihood_rolling(requests)]}
+            result[side]["perplexity"] = {"samples": [round(-float(value) / math.log(2), 6) for value in texts.loglikelihood_rolling(requests)]}
         result["chat"] = record(work / "model-False", work / "tasks", [name for name in names if name not in ("our_gsm8k", "our_mc1", "our_mc2")], chat=True)
-    TARGET.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    TARGET.write_text(json.dumps(result, ensure_ascii=False) + "\n", "utf-8")
     print(f"wrote {TARGET}", file=sys.stderr)
 
 
