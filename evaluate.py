@@ -898,7 +898,7 @@ def draw(path: Path, runs: list[tuple], names: list[str], changes: dict) -> None
     import matplotlib.pyplot as pyplot
 
     tasks = list(changes or runs[0][0]["results"])
-    shares, texts = [task for task in tasks if not task.startswith("perplexity")], [task for task in tasks if task.startswith("perplexity")][:2]
+    shares, texts = [task for task in tasks if not task.startswith("perplexity")], [task for task in tasks if task.startswith("perplexity")][:3]
     widths = [1.5] * bool(shares) + [1] * len(texts)
     size = 1 + 4.2 * sum(widths), max(4.6, 1.6 + 0.62 * len(shares))
     figure, _ = pyplot.subplots(1, len(widths), figsize=size, width_ratios=widths, layout="constrained")
@@ -946,7 +946,7 @@ def draw_shares(axis, tasks: list[str], runs: list[tuple], names: list[str], cha
         if "chance" in found:
             axis.plot([100 * found["chance"]] * 2, [y - 0.32, y + 0.32], color="black", linewidth=1, linestyle=":", zorder=1)
         if change:
-            axis.annotate("", (100 * now, y), (100 * change["before"], y), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2), zorder=3)
+            axis.annotate("", (100 * now, y), (100 * change["before"], y), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2, shrinkB=6, mutation_scale=18))
             axis.plot(100 * change["before"], y, "o", color="white", markeredgecolor=colour, markersize=10, markeredgewidth=2, zorder=3)
         said = f"{100 * change['difference']:+.1f}" if change else f"{100 * now:.1f}"
         axis.text(101.5, y, f"{said} ± {196 * (error or 0):.1f}", color=colour, va="center", fontweight="bold", clip_on=False)
