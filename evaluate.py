@@ -674,7 +674,7 @@ def token_losses(model, ids: list[int], places: list[int]) -> tuple[list[float],
 
 
 def look(model, chat: Chat, questions: list[dict]) -> list[str]:
-    """What is wrong with the model, if its loss on what is asked is above that of guessing among all tokens; said aloud."""
+    """What is wrong with the model, if its loss on what is asked is about that of guessing among all tokens, or above it; said aloud."""
     import torch
 
     texts = [question["question"] if "question" in question else question["messages"][-1]["content"] for question in questions[:16]]
@@ -682,9 +682,9 @@ def look(model, chat: Chat, questions: list[dict]) -> list[str]:
     with torch.inference_mode():
         losses, _ = token_losses(model, ids, [*range(1, len(ids))])
     guessing = math.log(model.get_input_embeddings().weight.shape[0])
-    if losses and (loss := sum(losses) / len(losses)) > guessing:
-        said = (f"the loss on the questions themselves is {loss:.1f} nats a token, above the {guessing:.1f} of guessing blindly (ln V): this is no language "
-                f"model as it stands. A delta that was not applied (apply_delta.py), or the tokenizer of another model?")
+    if losses and (loss := sum(losses) / len(losses)) > 0.98 * guessing:
+        said = (f"the loss on the questions themselves is {loss:.1f} nats a token, where guessing blindly has {guessing:.1f} (ln V): this is no language model "
+                f"as it stands. A delta that was not applied (apply_delta.py), or the tokenizer of another model?")
         print(f"warning: {said}", file=sys.stderr)
         return [said]
     return []

@@ -123,7 +123,7 @@ def test_whole_shots_are_dropped_where_the_context_is_too_short_and_the_question
     _, chat = evaluate.load_model(str(models["bos"]))
     question = dict(head="HEAD\n\n", shots=[(f"shot {i}?", "A") for i in range(5)], question="最后的问题？", choices=list("AB"))
     everything = len(evaluate.rows_of(chat, True, question, question["shots"])[0][0]) - 1
-    for context, shots in ((everything, 5), (everything - 1, 4), (everything - 20, 3), (40, 0)):
+    for context, shots in ((everything, 5), (everything - 1, 4), (everything - 20, 3), (30, 0)):
         asked, kept, cut = evaluate.fit(chat, dict(plain=True, context=context), question)
         text = chat.tokenizer.decode(asked[0][0], skip_special_tokens=True)
         assert (kept, cut) == (shots, False) and text.startswith("HEAD") and text.endswith("最后的问题？ A") and text.count("shot") == shots
@@ -159,16 +159,15 @@ def test_a_log_likelihood_that_is_no_number_is_an_error(sets, models, tmp_path):
             measure(tmp_path / "broken", tmp_path / tasks, data_dir=str(sets), tasks=tasks)
 
 
-def test_a_model_worse_than_guessing_is_called_out(models, tmp_path, capfd):
+def test_a_model_no_better_than_guessing_is_called_out(models, tmp_path, monkeypatch, capfd):
     (tmp_path / "a.txt").write_text("羊驼住在山上。\n", "utf-8")
-    shutil.copytree(models["bos"], tmp_path / "delta")
-    model, _ = evaluate.load_model(str(models["bos"]))
-    for factor, warned in ((8.0, True), (0.0, False)):
-        with torch.no_grad():
-            model.model.norm.weight.fill_(factor)
-        model.save_pretrained(tmp_path / "delta")
-        results, _ = measure(tmp_path / "delta", tmp_path / f"out-{warned}", eval_path=str(tmp_path / "a.txt"))
-        assert bool(results["warnings"]) == warned == ("apply_delta.py" in capfd.readouterr().err)
+    results, _ = measure(models["bos"], tmp_path / "random", eval_path=str(tmp_path / "a.txt"))
+    assert "apply_delta.py" in results["warnings"][0] and "apply_delta.py" in capfd.readouterr().err
+    assert "**Warning:**" in (tmp_path / "random" / "report.md").read_text("utf-8")
+    model, chat = evaluate.load_model(str(models["bos"]))
+    for loss, warned in ((3.0, False), (5.57, True)):  # of ln 265 = 5.58
+        monkeypatch.setattr(evaluate, "token_losses", lambda *_, loss=loss: ([loss], [True]))
+        assert bool(evaluate.look(model, chat, [{"question": "羊驼"}])) == warned
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_file(sets, models, tmp_path):
