@@ -183,7 +183,7 @@ def main(
     about |= {"prompt_hash": prompt_hash(questions), "prompts": facts["prompts"],
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
     by_task = itertools.groupby(lines, key=lambda line: line["task"])
-    results = {"results": {task: summarize(list(those)) for task, those in by_task if task != "answers"}} | about
+    results = {"results": {task: task_result(list(those)) for task, those in by_task if task != "answers"}} | about
     write_report(Path(output_dir), results, lines)
     replace_json(result, results)
     print(result_line(results, output_dir))
@@ -413,7 +413,7 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 
 # ---- prompts ----
-def conversation(question: dict, shots: list[tuple]) -> list[dict]:
+def chat_prompt(question: dict, shots: list[tuple]) -> list[dict]:
     """A question of a set as a chat: the head is the system text, each shot a round."""
     start = [{"role": "system", "content": question["head"]}] if question["head"] else []
     rounds = [{"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot)]
@@ -428,7 +428,7 @@ def plain_prompt(question: dict, shots: list[tuple]) -> str:
 def rows_of(chat: Chat, plain: bool, question: dict, shots: list[tuple]) -> list[tuple[list[int], int]]:
     """For each choice the ids of prompt and choice, and how many of the last are the choice: tokenized as they follow the prompt."""
     if not plain:
-        messages, rows = conversation(question, shots), []
+        messages, rows = chat_prompt(question, shots), []
         for choice in question["choices"]:
             *before, (ids, _), _ = chat.encode([*messages, {"role": "assistant", "content": choice}])
             ids = ids[: next((i for i, token in enumerate(ids) if token in chat.stop_ids), None)]  # all choices end alike
@@ -439,7 +439,7 @@ def rows_of(chat: Chat, plain: bool, question: dict, shots: list[tuple]) -> list
     return [(ids, len(ids) - len(os.path.commonprefix([context, ids]))) for ids in rows]
 
 
-def fit(chat: Chat, how: dict, question: dict, room: int = 0) -> tuple[list[tuple[list[int], int]], int, bool]:
+def fitted_rows(chat: Chat, how: dict, question: dict, room: int = 0) -> tuple[list[tuple[list[int], int]], int, bool]:
     """(rows, shots, is it cut): with as many of the last shots as leave `room` in the model's context; a question longer than that is cut behind its BOS."""
     for first in range(len(question["shots"]) + 1):
         shots = question["shots"][first:]
@@ -448,7 +448,7 @@ def fit(chat: Chat, how: dict, question: dict, room: int = 0) -> tuple[list[tupl
         elif how["plain"]:
             rows = [(chat.tokenizer(plain_prompt(question, shots)).input_ids, 0)]
         else:
-            rows = [([i for ids, _ in chat.encode(conversation(question, shots), add_generation_prompt=True) for i in ids], 0)]
+            rows = [([i for ids, _ in chat.encode(chat_prompt(question, shots), add_generation_prompt=True) for i in ids], 0)]
         most = how["context"] - room + ("choices" in question)  # the last token of a choice is not read
         if max(len(ids) for ids, _ in rows) <= most:
             return rows, len(shots), False
@@ -517,7 +517,7 @@ def measure_choices(model, chat: Chat, how: dict, group: list[dict], starts: ran
     """Yield the lines of each chunk of multiple-choice questions."""
     import torch
 
-    fitted = [fit(chat, how, question) for question in group]
+    fitted = [fitted_rows(chat, how, question) for question in group]
     prefixes = {}  # by the number of shots that fit
     for kept in {kept for _, kept, _ in fitted}:
         stems = [os.path.commonprefix([ids[: len(ids) - count] for ids, count in rows]) for rows, shots, _ in fitted if shots == kept]
@@ -534,8 +534,9 @@ def measure_choices(model, chat: Chat, how: dict, group: list[dict], starts: ran
 
 
 def heading(question: dict) -> dict:
-    """What the line of a question in samples.jsonl begins with."""
-    return {key: question[key] for key in ("task", "subject", "id")}
+    """What the line of a question in samples.jsonl begins with; the hash is of the question without its shots, to tell whether another run asked the same."""
+    asked = {key: question[key] for key in ("question", "choices", "messages") if key in question}
+    return {key: question[key] for key in ("task", "subject", "id")} | {"hash": prompt_hash([asked])[:12]}
 
 
 def choice_line(question: dict, values: list[float], shots: int, cut: bool) -> dict:
@@ -563,7 +564,7 @@ def measure_answers(model, chat: Chat, how: dict, group: list[dict], starts: ran
     gsm8k, prompts = group[0]["task"] == "gsm8k", []
     for question in group:
         if gsm8k:
-            (prompt, _), *_ = fit(chat, how, question, room=how["max_new_tokens"])[0]
+            (prompt, _), *_ = fitted_rows(chat, how, question, room=how["max_new_tokens"])[0]
         else:
             prompt = [i for ids, _ in chat.encode(question["messages"][:-1], add_generation_prompt=True) for i in ids]
             prompt = prompt[max(0, len(prompt) - how["context"] + how["max_new_tokens"]):]
@@ -704,7 +705,7 @@ def values_of(lines: list[dict], metric: str) -> tuple[list[float], list[float]]
     return ([line[per[0]] for line in lines], [line[per[1]] for line in lines]) if per else ([line["scores"][metric] for line in lines], [1.0] * len(lines))
 
 
-def summarize(lines: list[dict]) -> dict:
+def task_result(lines: list[dict]) -> dict:
     """The results of a task from its lines: score, standard error, n, and what else belongs to it."""
     task, whole = lines[0]["task"].split("/")[0], [line for line in lines if not line.get("dropped")]
     if not whole:
@@ -779,7 +780,8 @@ def compare_runs(compare: str, output_dir: str) -> None:
         if Path(output_dir).resolve() == folder.resolve():
             raise BadInput(f"--output_dir={output_dir} is one of the folders to compare: give a new one")
         runs.append((read_json(folder / "results.json"), list(read_rows(str(folder / "samples.jsonl"), Counter()))))
-    check_output_dir(output_dir, None if not Path(output_dir, "report.md").is_file() else True)
+    if not Path(output_dir, "report.md").is_file() or Path(output_dir, "run.json").is_file():  # a report that lies there is written anew
+        check_output_dir(output_dir)
     os.makedirs(output_dir, exist_ok=True)
     (before, old), (after, new) = runs
     names = [folder.name for folder in folders] if folders[0].name != folders[1].name else ["before", "after"]
@@ -801,8 +803,8 @@ def compare_runs(compare: str, output_dir: str) -> None:
 
 def change_of(task: str, old: list[dict], new: list[dict]) -> dict | None:
     """The paired difference of a task on the questions that both runs have, with its error; None if there are none."""
-    metric, after = TASKS[task.split("/")[0]][0], {line["id"]: line for line in new}
-    pairs = [(line, after[line["id"]]) for line in old if line["id"] in after and line.get("characters") == after[line["id"]].get("characters")]
+    metric, after = TASKS[task.split("/")[0]][0], {(line["id"], line["hash"]): line for line in new}
+    pairs = [(line, after[line["id"], line["hash"]]) for line in old if (line["id"], line["hash"]) in after]
     if not pairs:
         return None
     (a, weights), (b, _) = (values_of(list(side), metric) for side in zip(*pairs))
@@ -868,7 +870,7 @@ def comparison_text(runs: list[tuple], names: list[str], changes: dict) -> str:
         if those := [task for task, change in changes.items() if change["verdict"] == verdict]:
             about += [f"**{title}**", "", *(f"- {change_text(task, changes[task])}" for task in those), ""]
     if unlike := [task for task in changes if before["prompts"].get(task) != after["prompts"].get(task)]:
-        about += [f"Not the same questions: {', '.join(unlike)}; only those that both have are compared.", ""]
+        about += [f"Not asked alike: {', '.join(unlike)}; only questions that both have are compared, whatever their shots.", ""]
     about += ["![before and after](report.png)", "",
               f"| task | {names[0]} | {names[1]} | difference | 95 % | p | n | right only {names[0]} / only {names[1]} |", "|---|---|---|---|---|---|---|---|"]
     for task, change in changes.items():
@@ -880,8 +882,8 @@ def comparison_text(runs: list[tuple], names: list[str], changes: dict) -> str:
         about.append(f"| {' | '.join(figures)} |")
     about += ["", "The difference is paired, question by question; bits a character: lower is better. p: how often a difference as large comes about "
               "if nothing had changed (signs flipped at random), corrected for the number of tasks (Holm); below 0.05 counts.", ""]
-    answers = {line["id"]: line for line in new if line["task"] == "answers"}
-    if both := [(line, answers[line["id"]]) for line in old if line["task"] == "answers" and line["id"] in answers]:
+    answers = {line["hash"]: line for line in new if line["task"] == "answers"}
+    if both := [(line, answers[line["hash"]]) for line in old if line["task"] == "answers" and line["hash"] in answers]:
         about += ["## The same questions, answered by both", "", f"| question | as the record has it | {names[0]} | {names[1]} |", "|---|---|---|---|"]
         about += [f"| {cell(x['question'])} | {cell(x['answer'])} | {cell(x['output'])} | {cell(y['output'])} |" for x, y in both]
     return "\n".join(about) + "\n"
@@ -906,7 +908,8 @@ def draw(path: Path, runs: list[tuple], names: list[str], changes: dict) -> None
     if shares:
         draw_shares(axes.pop(0), shares, runs, names, changes)
     for axis, task in zip(axes, texts):
-        sides = [{line["id"]: line["bits"] / line["characters"] for line in lines if line["task"] == task and not line.get("dropped")} for _, lines in runs]
+        sides = [{(line["id"], line["hash"]): line["bits"] / line["characters"] for line in lines if line["task"] == task and not line.get("dropped")}
+                 for _, lines in runs]
         if not changes:
             axis.hist(sides[0].values(), bins=20, color=COLOURS["better"], alpha=0.8)
             axis.axvline(runs[0][0]["results"][task]["score"], color="black", linewidth=2)
@@ -955,7 +958,7 @@ def draw_shares(axis, tasks: list[str], runs: list[tuple], names: list[str], cha
     axis.set_title(f"hollow: {names[0]}, full: {names[1]}" if changes else "right answers", fontsize=11)
 
 
-# ==== loading ====
+# ==== load a model ====
 def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False,
                chat: Chat | None = None):
     """(model, Chat), ready to generate; with a Chat that is loaded already, `template` is not used."""

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import evaluate
-from benchmarks.record_lm_eval import TEXTS, make_model, write_sets
+from benchmarks.record_lm_eval import make_model, write_sets
 from utils import BadInput, RunStopped
 
 RECORDED = json.loads((ROOT / "tests" / "lm_eval.json").read_text("utf-8"))
@@ -124,11 +124,11 @@ def test_whole_shots_are_dropped_where_the_context_is_too_short_and_the_question
     question = dict(head="HEAD\n\n", shots=[(f"shot {i}?", "A") for i in range(5)], question="最后的问题？", choices=list("AB"))
     everything = len(evaluate.rows_of(chat, True, question, question["shots"])[0][0]) - 1
     for context, shots in ((everything, 5), (everything - 1, 4), (everything - 20, 3), (30, 0)):
-        asked, kept, cut = evaluate.fit(chat, dict(plain=True, context=context), question)
+        asked, kept, cut = evaluate.fitted_rows(chat, dict(plain=True, context=context), question)
         text = chat.tokenizer.decode(asked[0][0], skip_special_tokens=True)
         assert (kept, cut) == (shots, False) and text.startswith("HEAD") and text.endswith("最后的问题？ A") and text.count("shot") == shots
         assert len(asked[0][0]) - 1 <= context and asked[0][0][0] == 0
-    asked, kept, cut = evaluate.fit(chat, dict(plain=True, context=12), question)
+    asked, kept, cut = evaluate.fitted_rows(chat, dict(plain=True, context=12), question)
     assert (kept, cut) == (0, True) and len(asked[0][0]) == 13 and asked[0][0][0] == 0
 
 
@@ -200,7 +200,7 @@ def test_the_answer_of_a_problem_is_its_last_number(output, strict, flexible):
 
 def test_the_mean_over_questions_and_that_over_subjects_are_both_told():
     lines = [dict(task="ceval", subject=subject, id=i, scores={"acc": float(right)}, loglikelihoods=[0] * 4) for i, (subject, right) in enumerate([("a", 1), ("a", 1), ("a", 0), ("b", 0)])]
-    found = evaluate.summarize(lines)
+    found = evaluate.task_result(lines)
     assert found["score"] == 0.5 and found["macro"] == pytest.approx(1 / 3) and found["n"] == 4 and found["stderr"] == pytest.approx(0.5 / math.sqrt(3)) and found["chance"] == 0.25
 
 
@@ -208,10 +208,10 @@ def made_run(folder: Path, name: str, values: list[float], task: str = "ceval") 
     """The result of a run with these scores, question by question."""
     (folder / name).mkdir()
     if task == "perplexity":
-        lines = [dict(task=task, subject=None, id=i, characters=10, bytes=30, bits=value, tokens=5, correct=2) for i, value in enumerate(values)]
+        lines = [dict(task=task, subject=None, id=i, hash="", characters=10, bytes=30, bits=value, tokens=5, correct=2) for i, value in enumerate(values)]
     else:
-        lines = [dict(task=task, subject=None, id=i, scores={"acc": float(value)}, loglikelihoods=[0] * 4) for i, value in enumerate(values)]
-    about = dict(results={task: evaluate.summarize(lines)}, flags=dict(model_name_or_path=name, lora_path=None, template="none"), warnings=[], prompts={task: "x"})
+        lines = [dict(task=task, subject=None, id=i, hash="", scores={"acc": float(value)}, loglikelihoods=[0] * 4) for i, value in enumerate(values)]
+    about = dict(results={task: evaluate.task_result(lines)}, flags=dict(model_name_or_path=name, lora_path=None, template="none"), warnings=[], prompts={task: "x"})
     (folder / name / "results.json").write_text(json.dumps(about))
     (folder / name / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / name
@@ -236,6 +236,19 @@ def test_fewer_bits_are_better_and_the_error_is_that_of_the_pairs(tmp_path):
     evaluate.main(compare=f"{a},{b}", output_dir=str(tmp_path / "report"))
     change = json.loads((tmp_path / "report" / "results.json").read_text())["changes"]["perplexity"]
     assert change["verdict"] == "better" and change["difference"] == pytest.approx(-10 / 80) and change["stderr"] < 0.02 and change["p"] == pytest.approx(2 / 256)
+
+
+def test_other_questions_of_the_same_number_are_not_compared(tmp_path):
+    a, b = made_run(tmp_path, "before", [0] * 40), made_run(tmp_path, "after", [1] * 40)
+    lines = [json.loads(line) for line in (b / "samples.jsonl").read_text().splitlines()]
+    for changed, left in ((39, 1), (40, None)):
+        (b / "samples.jsonl").write_text("".join(json.dumps(line | {"hash": "other" * (i < changed)}) + "\n" for i, line in enumerate(lines)))
+        if left:
+            evaluate.main(compare=f"{a},{b}", output_dir=str(tmp_path / "report"))
+            assert json.loads((tmp_path / "report" / "results.json").read_text())["changes"]["ceval"]["n"] == left
+            continue
+        with pytest.raises(BadInput, match="no question in common"):
+            evaluate.main(compare=f"{a},{b}", output_dir=str(tmp_path / "report"))
 
 
 def test_one_of_many_tasks_is_not_believed_for_a_chance_hit(tmp_path):
