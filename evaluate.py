@@ -919,12 +919,12 @@ def draw(path: Path, runs: list[tuple], names: list[str], changes: dict) -> None
         change, shared = changes[task], [i for i in sides[0] if i in sides[1]]
         x, y = ([side[i] for i in shared] for side in sides)
         most = 1.05 * max(*x, *y)
-        for verdict, edge, place, align in (("better", 0, (0.97, 0.04), "right"), ("worse", most, (0.04, 0.93), "left")):
+        for verdict, edge, place, align in (("better", 0, (0.97, 0.12), "right"), ("worse", most, (0.04, 0.93), "left")):
             axis.fill_between([0, most], [0, most], edge, color=COLOURS[verdict], alpha=0.06, linewidth=0)
             axis.text(*place, f"{names[1]} is {verdict}", color=COLOURS[verdict], ha=align, transform=axis.transAxes)
         axis.plot([0, most], [0, most], color="black", linewidth=0.8)
-        axis.scatter(x, y, s=28 if len(x) < 300 else 8, color=COLOURS[change["verdict"]], alpha=0.55, linewidth=0)
-        axis.plot(change["before"], change["after"], "+", color="black", markersize=16, markeredgewidth=2.5)
+        axis.scatter(x, y, s=28 if len(x) < 300 else 8, color=COLOURS[change["verdict"]], alpha=0.55, linewidth=0, clip_on=False)
+        axis.plot(change["before"], change["after"], "+", color="black", markersize=16, markeredgewidth=2.5, clip_on=False)
         axis.set(xlim=(0, most), ylim=(0, most), aspect="equal", xlabel=f"{names[0]}: bits per character", ylabel=f"{names[1]}: bits per character")
         axis.set_title(f"{task}: {change['before']:.2f} → {change['after']:.2f}\neach dot a record, the cross all of them", fontsize=11,
                        color=COLOURS[change["verdict"]])
