@@ -216,7 +216,7 @@ def files_of(task: str, data_dir: str) -> list[Path]:
     """The files of a task that are asked, without those of the shots."""
     pattern = {"ceval": "ceval/val/*_val.csv", "cmmlu": "cmmlu/test/*.csv", "mmlu": "mmlu/test/*_test.csv", "arc": "ARC-Challenge-Test.jsonl",
                "hellaswag": "hellaswag*.jsonl", "truthfulqa": "TruthfulQA.csv", "gsm8k": "gsm8k*.jsonl", "perplexity": "perplexity/*.*"}[task]
-    files = sorted(file for file in Path(data_dir).glob(pattern) if "train" not in file.name and file.stat().st_size)
+    files = sorted(file for file in Path(data_dir).glob(pattern) if "train" not in file.name and file.suffix in (".txt", ".json", ".jsonl", ".csv", ".parquet"))
     return files[:1] if task in ("hellaswag", "gsm8k") else files
 
 
@@ -358,10 +358,17 @@ def train_file(file: Path) -> Path:
 
 def with_shots(rows, file: Path, shots_file: Path, shots: int):
     """The questions of a file, each with the first of another file before it; without any where there is none."""
-    examples = list(itertools.islice(rows(shots_file), shots + 1)) if shots and shots_file.is_file() else []
+    def whole(file):
+        try:
+            yield from rows(file)
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as problem:
+            raise problem if isinstance(problem, BadInput) else BadInput(
+                f"{file}: a record is not as the set is published, with its answer ({type(problem).__name__}: {problem})") from None
+
+    examples = list(itertools.islice(whole(shots_file), shots + 1)) if shots and shots_file.is_file() else []
     if shots and not examples:
         print(f"{file.name} is asked without shots: there is no file of them beside it", file=sys.stderr)
-    for row in rows(file):
+    for row in whole(file):
         others = [other for other in examples if other["question"] != row["question"]][:shots]
         yield row | {"shots": [(other["question"], other["choices"][other["answer"]] if "choices" in other else other["answer"]) for other in others]}
 
@@ -393,16 +400,14 @@ def lines_so_far(output_dir: str, facts: dict, groups: list[list], size: int) ->
     begun, samples = Path(output_dir, "run.json"), Path(output_dir, "samples.jsonl")
     before = read_json(begun) if begun.is_file() else facts
     if changed := [name for name in facts if before.get(name) != facts[name]]:
-        raise BadInput(f"--output_dir={output_dir} was begun with {changed[0]} = {before.get(changed[0])}, now it is {facts[changed[0]]}: "
-                       f"give the same, or another folder")
-    lines, whole = [], 0
+        what = "other questions" if changed[0] == "prompts" else f"{changed[0]} = {before.get(changed[0])}, now it is {facts[changed[0]]}"
+        raise BadInput(f"--output_dir={output_dir} was begun with {what}: give the same, or another folder")
+    lines = []
     with contextlib.suppress(ValueError):  # the last line may be cut off
         for line in samples.read_bytes().split(b"\n")[:-1] if samples.is_file() else []:
             lines.append(json.loads(line))
-    for group in groups:
-        for first in range(0, len(group), size):
-            whole += len(group[first : first + size]) if whole + len(group[first : first + size]) <= len(lines) else 0
-    return lines[:whole]
+    ends = itertools.accumulate(len(group[first : first + size]) for group in groups for first in range(0, len(group), size))
+    return lines[: max((end for end in ends if end <= len(lines)), default=0)]
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -775,7 +780,7 @@ def compare_runs(compare: str, output_dir: str) -> None:
         raise BadInput(f"--compare={compare}: give two output folders with a comma between them, before,after")
     runs = []
     for folder in folders:
-        if not (folder / "results.json").is_file() or not (folder / "samples.jsonl").is_file():
+        if not (folder / "results.json").is_file() or not (folder / "samples.jsonl").is_file():  # a comparison has no samples
             raise BadInput(f"--compare={compare}: {folder} holds no finished measurement: run evaluate.py --output_dir {folder} to its end first")
         if Path(output_dir).resolve() == folder.resolve():
             raise BadInput(f"--output_dir={output_dir} is one of the folders to compare: give a new one")

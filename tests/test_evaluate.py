@@ -171,10 +171,11 @@ def test_a_model_no_better_than_guessing_is_called_out(models, tmp_path, monkeyp
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_file(sets, models, tmp_path):
-    flags = dict(data_dir=str(sets), tasks="cmmlu,hellaswag,gsm8k", per_device_eval_batch_size=1, max_new_tokens=5)
+    flags = dict(data_dir=str(sets), tasks="hellaswag,cmmlu,gsm8k", per_device_eval_batch_size=1, max_new_tokens=5)
     measure(models["bos"], tmp_path / "whole", **flags)
     whole = (tmp_path / "whole" / "samples.jsonl").read_bytes()
-    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+    five = sum(len(line) + 1 for line in whole.split(b"\n")[:5])  # in the middle of a chunk of four, behind one of two
+    for size in (0, five, five + 9, len(whole) - 1):
         shutil.copytree(tmp_path / "whole", tmp_path / "killed", dirs_exist_ok=True)
         (tmp_path / "killed" / "results.json").unlink()
         (tmp_path / "killed" / "samples.jsonl").write_bytes(whole[:size])
@@ -283,7 +284,7 @@ def test_bad_input_is_refused_in_one_line(sets, model_folder, tmp_path, monkeypa
 @pytest.mark.parametrize("file, text, reason", [
     ("cmmlu/test/agronomy.csv", "frage,A,B,C,D,antwort\nx,1,2,3,4,A\n", "has the columns frage, a, b, c, d, antwort"), ("cmmlu/test/agronomy.csv", "Question,A,B,C,D,Answer\nx,1,2,3,4,E\n", "answer is 'E'"),
     ("cmmlu/dev/agronomy.csv", None, "dev/agronomy.csv is missing"), ("mmlu/test/abstract_algebra_test.csv", '"x,1,2\n', "not whole CSV"),
-    ("hellaswag_val.jsonl", '{"ctx_a": "x"}\n', "no 'activity_label'"), ("TruthfulQA.csv", "Question\nx\n", "no column 'Best Answer'"), ("gsm8k_test.jsonl", '{"question": ', "not whole JSON")])
+    ("hellaswag_val.jsonl", '{"ctx_a": "x"}\n', "no 'activity_label'"), ("hellaswag_val.jsonl", json.dumps(dict(activity_label="", ctx_a="", ctx_b="", endings=[], label="")), "with its answer"), ("TruthfulQA.csv", "Question\nx\n", "no column 'Best Answer'"), ("gsm8k_test.jsonl", '{"question": ', "not whole JSON")])
 def test_a_set_that_is_not_as_published_is_named(sets, model_folder, tmp_path, monkeypatch, file, text, reason):
     shutil.copytree(sets, tmp_path / "sets")
     (tmp_path / "sets" / file).unlink()
