@@ -161,6 +161,8 @@ def main(
         raise BadInput(f"--template=auto: {chat.name} has no chat template: leave --template at none, or name the one that it was trained with")
     config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if max_new_tokens >= context and any(group[0]["task"] in ("gsm8k", "answers") for group in groups):
+        raise BadInput(f"--max_new_tokens={max_new_tokens} leaves no room for a question in the model's context of {context} tokens")
     how = dict(plain=template == "none", context=context, max_length=min(max_length, context), max_new_tokens=max_new_tokens, batch_size=size // 4)
     model, _ = load_model(model_name_or_path, lora_path, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle, chat)
 
@@ -503,7 +505,7 @@ def log_likelihoods(model, questions: list[list[tuple[list[int], int]]], prefix:
         for b, q in enumerate(batch):
             for c, (ids, count) in enumerate(questions[q]):
                 tail = ids[len(stems[q]):]
-                scores[q][c] += float(logits[b, tail[0]]) if count == len(tail) else 0.0
+                scores[q][c] += float(logits[b, tail[0]]) if tail and count == len(tail) else 0.0
                 tails += [(b, q, c, tail, count)] if len(tail) > 1 else []
         tails.sort(key=lambda row: len(row[3]))
         for rows in (tails[i : i + batch_size] for i in range(0, len(tails), batch_size)):
@@ -552,8 +554,9 @@ def choice_line(question: dict, values: list[float], shots: int, cut: bool) -> d
     choices, answer = question["choices"], question["answer"]
     best = lambda of: max(of, key=lambda i: values[i])
     if "true" in question:
-        pick, mass = best([answer, *question["false"]]), [math.exp(values[i]) for i in question["true"]]
-        scores = {"mc1": float(pick == answer), "mc2": sum(mass) / max(sum(mass) + sum(math.exp(values[i]) for i in question["false"]), 1e-300)}
+        pick = best([answer, *question["false"]])
+        true, false = (sum(math.exp(values[i] - max(values)) for i in question[side]) for side in ("true", "false"))
+        scores = {"mc1": float(pick == answer), "mc2": true / (true + false)}
     else:
         pick = best(range(len(choices)))
         scores = {"acc": float(pick == answer)}
@@ -656,7 +659,7 @@ def windows(chat: Chat, question: dict, length: int) -> list[tuple[list[int], li
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     begins = [] if ids[:1] == [bos] else [bos]  # the first token of a text is told as well
     done = max(1, len(begins) + len(os.path.commonprefix([context, ids])))
-    ids, found, begin = begins + ids, [], 0
+    ids, found = begins + ids, []
     while done < len(ids):
         begin = 0 if done < length else done - length // 2
         window = ids[begin : begin + length] if not begin else ids[:1] + ids[begin : begin + length - 1]
