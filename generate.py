@@ -358,7 +358,7 @@ def chat_in_terminal(model, chat: Chat, start: list[dict], settings: dict) -> No
             messages = messages[:-2]
 
 
-# ---- loading ----
+# ==== load a model ====
 def load_model(model_name_or_path, lora_path=None, template="auto", bits=16, precision="auto", trust_remote_code=False, allow_pickle=False,
                chat: Chat | None = None):
     """(model, Chat), ready to generate; with a Chat that is loaded already, `template` is not used."""

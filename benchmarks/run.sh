@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every figure against its peer, one after the other, and one table of them all. An hour and a half on two CPU threads, 20 GB of disk.
 #   DATA_DIR=../shared/data bash benchmarks/run.sh             # all
-#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, web, memory
+#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, evaluate, web, memory
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # ---- edit me ----
 DATA_DIR=${DATA_DIR:-../shared/data}   # the data that is measured with
-ONLY=${ONLY:-sft vocab surgery gptq web memory}
+ONLY=${ONLY:-sft vocab surgery gptq evaluate web memory}
 REPEATS=${REPEATS:-3}
 OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and its figures; those of earlier runs stay in the table
 # -----------------
@@ -27,6 +27,10 @@ for name in $ONLY; do
       python -m venv "$OUT/peer"
       "$OUT/peer/bin/pip" install --quiet torch==2.14.1 gptqmodel==7.7
       more=(--peer "$OUT/peer/bin/python" --data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
+    evaluate)
+      python -m venv "$OUT/lm-eval"
+      "$OUT/lm-eval/bin/pip" install --quiet lm_eval==0.4.13 torch==2.13.0 transformers==5.23.0 peft==0.21.2 datasets==5.2.0 accelerate==1.15.0
+      more=(--peer "$OUT/lm-eval/bin/python" --data_dir "$DATA_DIR/eval" --repeats "$REPEATS") ;;
   esac
   echo "$name" >&2
   rm -f "$OUT/$name.jsonl"
