@@ -49,12 +49,12 @@ RULES = {
     "least_characters": (20, "below the shortest poem; ChineseWebText has 200 for web pages"),
     "least_record_characters": (4, "an instruction with its answer; data-juicer has 10"),
     "most_mojibake": (0, "text that the training scripts refuse: UTF-8 read in another encoding"),
-    "most_garbage": (0.01, "share of U+FFFD, control and private characters, boxes"),
-    "most_rare_han": (0.1, "share of the Han characters that neither GB2312 nor Big5 has: bad OCR"),
+    "most_garbage": (0.01, "share of U+FFFD, control and private characters, rows of boxes"),
+    "most_rare_han": (0.2, "share of the Han characters that neither GB2312 nor Big5 has (with Hong Kong's): bad OCR"),
     "least_alphanumeric": (0.1, "share of letters and digits; data-juicer, Chinese fine-tuning data"),
     "least_han": (0.3, "share of Han among the letters of prose, for --language zh; ChineseWebText"),
     "least_latin": (0.5, "share of Latin among the letters of prose, for --language en"),
-    "least_line_characters": (4, "mean line of prose; ChineseWebText has 10 for web pages, which no poem of five characters a line passes"),
+    "least_line_characters": (3, "mean line of prose; ChineseWebText has 10 for web pages, which no poem of five characters a line passes"),
     "least_ended_lines": (0.106, "share of lines with a final mark, in prose of 8 short lines or more (menus); FineWeb-2, Chinese"),
     "most_repeated_lines": (0.287, "share of the lines of prose that stood before, of 8 lines or more; FineWeb-2, Chinese"),
     "most_repeated_13grams": (0.5, "share of 13 characters in a row that stood before; ChineseWebText"),
@@ -72,15 +72,17 @@ DEFAULTS = {name: value for name, (value, _) in (RULES | OTHER_LIMITS).items()}
 MEASURES = list(dict.fromkeys(name.partition("_")[2] for name in RULES))
 REASONS = ["", "broken", "words", "contamination", *(f"rule:{name}" for name in RULES), "exact", "near"]
 BANDS, ROWS, SHINGLE, GRAM = 14, 8, 5, 13  # FineWeb's bands; units of a shingle; units of a question that count as found
-BLOCK, LONGEST = 2**21, 2**25  # bytes that one process judges at a time; of the longest line, beyond which it is no document but an accident
+BLOCK, SLICE, LONGEST = 2**21, 2**18, 2**25  # bytes of a part; characters judged at a time, in a core's cache; bytes of a line beyond which it is no document
 TEXTS = ("text", "completion", "content", "context", "instruction", "input", "output", "target", "prompt", "system", "history", "conversations", "messages")
 ADDED = ("quality", "bucket", "flagged")  # columns that kept records get
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff"  # controls, soft hyphen, zero width; not the joiners of emoji and Indic scripts
 ODD = re.compile(f"[{UNSEEN}\r\ud800-\udfff\U000f1000\U000f1001]")
-BOILERPLATE = re.compile(r"版权所有|未经(?:授权|许可|允许).*转载|关注.{0,8}公众号|扫码|扫一扫|上一篇[:：]|下一篇[:：]|上一页|ICP备|点击(?:查看|阅读|下载|进入|这里)|责任编辑[:：]"
-                         r"|[Aa]ll rights reserved|[Cc]lick here|[Ss]ubscribe to our")
-DTYPE = np.dtype([("source", "u4"), ("record", "u8"), ("begin", "u8"), ("length", "u4"), ("bytes", "u4"), ("reason", "u1"), ("group", "u1"), ("size", "u4"),
-                  ("units", "u4"), ("quality", "f4"), ("share", "f4"), ("key", "u8", 2), ("tie", "u8"), ("bands", "u8", BANDS), ("measures", "f4", len(MEASURES))])
+BOILERPLATE = re.compile(  # every alternative begins with a letter of its own: so a search takes no longer than reading
+    "版权所有|未经(?:授权|许可|允许).*转载|关注.{0,8}公众号|扫码|扫一扫|上一篇[:：]|下一篇[:：]|ICP备|点击(?:查看|阅读|下载|进入|这里)|责任编辑[:：]|"
+    "All rights reserved|all rights reserved|Click here|click here|Subscribe to our")
+DTYPE = np.dtype([(name, *kind.split()) for name, kind in dict(source="u4", record="u8", begin="u8", length="u4", bytes="u4", size="u4", units="u4", reason="u1",
+                                                               group="u1", quality="f4", share="f4", tie="u8").items()]
+                 + [("key", "u8", 2), ("bands", "u8", BANDS), ("measures", "f4", len(MEASURES))])
 
 
 def main(
@@ -137,7 +139,8 @@ def main(
     job.questions = read_questions(eval_data) if "contamination" in chosen and eval_data else None
     job.good = count_pairs(good_text, document_separator) if "score" in chosen and good_text else None
     by_model = "score" in chosen and model_name_or_path
-    for step, flag, given in (("words", "word_list", job.words), ("contamination", "eval_data", job.questions), ("score", "good_text or --model_name_or_path", job.good or by_model)):
+    for step, flag, given in (("words", "word_list", job.words), ("contamination", "eval_data", job.questions),
+                              ("score", "good_text or --model_name_or_path", job.good or by_model)):
         if step in chosen and not given:
             print(f"step {step}: nothing to do without --{flag}", file=sys.stderr)
 
@@ -198,12 +201,12 @@ def check_flags(flags: dict) -> tuple[list[str], list[str], list[str], dict]:
     for name in ("data_path", "against", "eval_data", "good_text"):
         for folder in (Path(part).resolve() for part in (flags[name] or "").split(",") if os.path.isdir(part)):
             if output == folder or folder in output.parents:
-                raise BadInput(f"--output_dir={flags['output_dir']} is inside --{name}={folder}, and a second run would read what the first wrote: give a folder outside")
+                raise BadInput(f"--output_dir={flags['output_dir']} is inside --{name}={folder}: a second run would read what the first wrote; give another")
     check_output_dir(flags["output_dir"], flags["resume"])
     needed = 2.5 * sum(map(os.path.getsize, files["data_path"] + files["against"]))  # judged records, and what is kept and dropped of them
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
     if free < needed:
-        raise BadInput(f"--output_dir={flags['output_dir']} has {free / 1e9:.1f} GB free, cleaning needs {needed / 1e9:.1f} GB: free some space, or give another")
+        raise BadInput(f"--output_dir={flags['output_dir']} has {free / 1e9:.1f} GB free, cleaning needs {needed / 1e9:.1f}: free some space, or give another")
     return files["data_path"], files["against"], chosen, limits
 
 
@@ -297,15 +300,15 @@ def turns_of(row: dict) -> tuple[list[str], bool]:
         raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
     if {"chosen", "response_chosen"} & row.keys():
         raise BadInput("a preference: two answers to one question would be taken for duplicates; clean the questions, not the pairs")
-    document = any(isinstance(row.get(name), str) for name in ("text", "completion", "content")) and not ({"messages", "conversations", "instruction"} & row.keys()) \
-        and not str(row.get("text", "")).lstrip().startswith("<s>")
+    document = any(row.get(name) is not None for name in ("text", "completion", "content")) and not {"messages", "conversations", "instruction"} & row.keys()
+    document = document and not str(row.get("text", "")).lstrip().startswith("<s>")  # that is Llama2-Chinese
     turns = document_turns(row, Counter()) if document else row_turns(row, Counter())
     for role, *texts in turns:
         for text in texts:
             if not isinstance(text, str):
                 raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
-    if not any(role == "assistant" and texts[0].strip() for role, *texts in turns):
-        raise BadInput("it is empty" if document else "it has no answer to train on")
+    if not document and not any(role == "assistant" and texts[0].strip() for role, *texts in turns):
+        raise BadInput("it has no answer to train on")
     return [text for _, *texts in turns for text in texts if text], document
 
 
@@ -357,7 +360,7 @@ def mask_private(text: str) -> str:
 
 
 # ---- characters as numbers ----
-HAN, RARE, SUSPECT_HAN, SUSPECT, LATIN, LETTER, DIGIT, SPACE, GARBAGE, SIGN, SEPARATOR, END, MARK = range(13)  # classes of characters
+KINDS = HAN, RARE, LEAD, TRAIL, ACCENTED, LATIN, LETTER, DIGIT, SPACE, GARBAGE, BOX, SIGN, SEPARATOR, END, MARK = range(15)  # classes of characters
 
 
 @functools.cache
@@ -376,12 +379,13 @@ def tables() -> SimpleNamespace:
         if category == "Cf" or char in "\t\n":
             kind[code] = SPACE
         elif ideograph:
-            utf8_as_gbk = (data := char.encode("gb18030"))[0] in range(0xE3, 0xEA) and data[1] in range(0x80, 0xC0)
-            known = len(data) == 2 and (data[0] > 0xAF and data[1] > 0xA0 or char.encode("big5", "ignore"))
-            kind[code] = SUSPECT_HAN if utf8_as_gbk else HAN if known else RARE
+            begin, end = (data := char.encode("gb18030"))[:2]
+            known = len(data) == 2 and (begin > 0xAF and end > 0xA0 or char.encode("big5hkscs", "ignore"))
+            first, other = {*range(0xE3, 0xEA), 0xEF}, range(0x80, 0xC0)  # bytes of a Han character in UTF-8
+            kind[code] = LEAD if begin in first and end in other else TRAIL if begin in other and end in first else HAN if known else RARE
         elif category[0] == "L" and "LATIN" in unicodedata.name(char, ""):
-            kind[code] = SUSPECT if 0xC0 <= code < 0x100 else LATIN
-    for chars, what in (("{}[]()<>=;_+*/\\|&^%$#@~`", SIGN), (",\t", SEPARATOR), ("。！？；…」』”’.!?;:：）》】\"'", END), ("\ufffd□■◆◇\u25a1锟", GARBAGE)):
+            kind[code] = ACCENTED if 0xC0 <= code < 0x100 else LATIN
+    for chars, what in (("{}[]()<>=;_+*/\\|&^%$#@~`", SIGN), (",\t", SEPARATOR), ("。！？；…」』”’.!?;:：）》】\"'", END), ("□■◆◇", BOX), ("\ufffd", GARBAGE)):
         kind[[ord(char) for char in chars]] = what
     kind[0xD800:0xF900] = kind[0xF0000:] = GARBAGE
     key[[*map(ord, "\t\n")]] = 0
@@ -465,32 +469,35 @@ def measure_texts(texts: list[str], spelled, document, language: str = "auto"):
     """(n, len(MEASURES)) float32; `document` (n,) tells documents from instruction records, whose lines are not judged."""
     n, look, owner = spelled.count, tables(), spelled.owner
     kinds = look.kind[spelled.codes]
-    counts = np.bincount(owner.astype(np.int64) * 13 + kinds, minlength=13 * n).reshape(n, 13)  # of each class in each text
+    counts = np.bincount(owner.astype(np.int64) * len(KINDS) + kinds, minlength=len(KINDS) * n).reshape(n, -1)  # of each class in each text
     spaces = counts[:, SPACE] + (counts[:, SEPARATOR] - np.bincount(owner[spelled.codes == ord(",")], minlength=n))
     total = np.maximum(1, counts.sum(1) - spaces)
-    han, latin = counts[:, [HAN, RARE, SUSPECT_HAN]].sum(1), counts[:, [LATIN, SUSPECT]].sum(1)
+    han, latin = counts[:, [HAN, RARE, LEAD, TRAIL]].sum(1), counts[:, [LATIN, ACCENTED]].sum(1)
     letters, digits = han + latin + counts[:, LETTER], counts[:, DIGIT]
-    table = (counts[:, SIGN] > 0.08 * total) | (counts[:, SEPARATOR] + digits > 0.35 * total)  # code, tables, lists of numbers
-    prose = document & ~table
     # Lines that hold something: their characters, whether a final mark ends them, whether they stood before
     ends = np.flatnonzero(spelled.codes == ord("\n"))
     bounds = np.searchsorted(spelled.place, np.concatenate([[0], ends]))  # of the lines, among the characters that count
     begin, end, of_text = bounds[:-1], bounds[1:], owner[ends]
     begin, end, of_text = (part[bounds[1:] > bounds[:-1]] for part in (begin, end, of_text))
-    lines = np.bincount(of_text, minlength=n)
+    lines, first = np.bincount(of_text, minlength=n), spelled.codes[spelled.place[begin]]
+    listed = np.bincount(of_text, np.isin(first, [*map(ord, "-*+•·")]) | (look.kind[first] == DIGIT), minlength=n)
+    # Code, tables, lists: what is usual of prose says nothing of them
+    prose = document & (counts[:, SIGN] < 0.08 * total) & (counts[:, SEPARATOR] + digits < 0.35 * total) & (listed < 0.5 * np.maximum(1, lines))
+    boxes = kinds == BOX  # one stands for a character that is lost in an old text, rows of them for a font that lacked them
+    garbage = counts[:, GARBAGE] + np.bincount(owner[2:][boxes[2:] & boxes[1:-1] & boxes[:-2]], minlength=n)
     ended = np.bincount(of_text, kinds[spelled.place[end - 1]] == END, minlength=n)
     key = spelled.key.astype(np.uint64)
     repeated = repeats(span_hashes(mix(key), begin, end), of_text, n)
     grams, gram_owner = windows(key, spelled.key_owner, 13)
     words = np.bincount(owner[1:][(kinds[1:] == LATIN) & (kinds[:-1] != LATIN)], minlength=n) + (n > 0 and kinds[0] == LATIN) * (np.arange(n) == 0)
-    mean_line, english = total / np.maximum(1, lines), prose & (latin > 0.7 * total)
-    found = {"characters": (total, document), "record_characters": (total, ~document), "garbage": (counts[:, GARBAGE] / total, True),
-             "mojibake": (mojibake(texts, counts), True), "rare_han": (counts[:, RARE] / np.maximum(1, han), han >= 10),
+    mean_line, english, grams_of = total / np.maximum(1, lines), prose & (latin > 0.7 * total) & (words >= 50), np.bincount(gram_owner, minlength=n)
+    found = {"characters": (total, document), "record_characters": (total, ~document), "garbage": (garbage / total, True),
+             "mojibake": (mojibake(texts, kinds, owner), True), "rare_han": (counts[:, RARE] / np.maximum(1, han), han >= 10),
              "alphanumeric": ((letters + digits) / total, True), "line_characters": (mean_line, prose),
              "han": (han / np.maximum(1, letters), (language == "zh") & prose), "latin": (latin / np.maximum(1, letters), (language == "en") & prose),
-             "ended_lines": (ended / np.maximum(1, lines), prose & (lines >= 8) & (mean_line < 6)),
+             "ended_lines": (ended / np.maximum(1, lines), prose & (lines >= 8) & (mean_line < 5)),
              "repeated_lines": (repeated / np.maximum(1, lines), prose & (lines >= 8)),
-             "repeated_13grams": (repeats(grams, gram_owner, n) / np.maximum(1, np.bincount(gram_owner, minlength=n)), True),
+             "repeated_13grams": (repeats(grams, gram_owner, n) / np.maximum(1, grams_of), grams_of >= 40),
              "word_letters": (latin / np.maximum(1, words), english)}
     return np.stack([np.where(found[name][1], found[name][0], np.nan) for name in MEASURES], axis=1).astype(np.float32)
 
@@ -501,10 +508,10 @@ def repeats(values, owner, count: int):
     return np.bincount((packed[1:][packed[1:] == packed[:-1]] >> np.uint64(40)).astype(np.int64), minlength=count)
 
 
-def mojibake(texts: list[str], counts):
-    """(n,) 1 where clean_text of utils.py, which every training script asks, refuses a text; asked only where a character is suspect."""
-    refused = np.zeros(len(texts))
-    for i in np.flatnonzero((counts[:, SUSPECT_HAN] > 1) | (counts[:, [SUSPECT, GARBAGE]].sum(1) > 0)):
+def mojibake(texts: list[str], kinds, owner):
+    """(n,) 1 where clean_text of utils.py, which every training script asks, refuses a text; asked only where UTF-8 read as GBK or Latin-1 may be."""
+    refused, maybe = np.zeros(len(texts)), owner[:-1][(kinds[:-1] == LEAD) & (kinds[1:] == TRAIL) | (kinds[:-1] == ACCENTED)]
+    for i in {*maybe.tolist(), *(i for i, text in enumerate(texts) if "锟斤拷" in text)}:
         try:
             clean_text(texts[i], "", False, Counter())
         except BadInput:
@@ -684,7 +691,8 @@ def question_texts(row) -> tuple[str, str, str] | None:
     """(question, question and options, the same with letters before the options) of a row of any evaluation set; None where it holds none."""
     row = {str(key).lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
     asked = next((row[key] for key in ("question", "ctx", "premise", "prompt", "query", "instruction", "problem", "text") if row.get(key)), None)
-    stem, options = (asked.get("stem"), asked.get("choices")) if isinstance(asked, dict) else (asked, row.get("choices") or row.get("options") or row.get("endings"))
+    options = next((row[key] for key in ("choices", "options", "endings") if row.get(key)), None)
+    stem, options = (asked.get("stem"), asked.get("choices")) if isinstance(asked, dict) else (asked, options)
     if isinstance(options, dict):  # {"text": [...], "label": [...]}
         options = options.get("text") or list(options.values())
     options = [str(option.get("text", "") if isinstance(option, dict) else option) for option in options] if isinstance(options, list) else []
@@ -741,8 +749,8 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
     table["bytes"] = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     fine = np.flatnonzero(table["reason"] == 0)
     met = {}
-    for begin in range(0, len(fine), 2**12):
-        chosen = fine[begin : begin + 2**12]
+    sizes = np.cumsum([len(texts[i]) for i in fine])
+    for chosen in filter(len, np.split(fine, np.searchsorted(sizes, np.arange(SLICE, sizes[-1], SLICE))) if len(fine) else []):
         judge_texts(job, table, chosen, new, old, about, texts, np.array(document, bool), met)
     with whole_file(job.parts / f"{number:06}.jsonl") as file:
         for i, row in enumerate(new):
@@ -760,22 +768,20 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
 
 
 def clean(row: dict, steps: list[str]) -> tuple[dict, dict | None, list[str], bool]:
-    """(the record as it is judged, as it was if that differs, its texts, is it a document); BadInput where nothing can be made of it."""
+    """(the record as it is judged, as it was if that differs, its texts, is it a document); BadInput where no training script takes it."""
     texts, document = turns_of(row)
-    changes = [function for function, wanted in ((normalize, "normalize" in steps and any(map(ODD.search, texts))), (mask_private, "private" in steps),
-                                                 (drop_boilerplate, document and "rules" in steps and any(map(BOILERPLATE.search, texts)))) if wanted]
-    added = {name for name, step in zip(ADDED, ("score", "score", "words")) if step in steps} & row.keys()  # of an earlier run
+    odd = list(filter(ODD.search, texts))
+    if half := re.search("[\ud800-\udfff\U000f1000\U000f1001]", "".join(odd)):
+        raise BadInput(f"it holds half a character, or U+F1000 or U+F1001, behind {half.string[max(0, half.start() - 10) : half.start()]!r}")
+    changes = [normalize] * ("normalize" in steps and any(odd)) + [mask_private] * ("private" in steps)
+    changes += [drop_boilerplate] * (document and "rules" in steps and any(map(BOILERPLATE.search, texts)))
+    added = {name for name, step in zip(ADDED, ("score", "score", "words")) if step in steps} & row.keys()  # by an earlier run
     if not changes and not added:
-        check_characters(texts)
         return row, None, texts, document
     new = {name: value for name, value in row.items() if name not in added}
     for function in changes:
         new = map_texts(new, function)
-    with contextlib.suppress(BadInput):  # a document of boilerplate alone: its rule says so
-        texts = [""]
-        texts = turns_of(new)[0]
-    check_characters(texts)
-    return new, row if new != row else None, texts, document
+    return new, row if new != row else None, turns_of(new)[0], document
 
 
 def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about: list, texts: list[str], document, met: dict) -> None:
@@ -822,13 +828,6 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
         for question, share in shares.items():
             met[question] = max(met.get(question, [0, ""]), [round(share, 3), strings[j][:200]])
     table["reason"][chosen] = reason
-
-
-def check_characters(texts: list[str]) -> None:
-    """BadInput where a text holds what no training script takes: half a character, or what the tokenizer's copy of utils.py uses itself."""
-    for text in texts:
-        if ODD.search(text) and (found := re.search("[\ud800-\udfff\U000f1000\U000f1001]", text)):
-            raise BadInput(f"it holds half a character, or U+F1000 or U+F1001, at {text[max(0, found.start() - 10) : found.start()]!r}")
 
 
 def dump(row) -> bytes:
@@ -988,21 +987,14 @@ def near_duplicates(table: dict, members, rank, older, limits: dict, workers: in
 
 def compare(task, *, limits: dict) -> list[tuple[int, int, float]]:
     """Of clusters of candidates, best first: (record, the first that stays and is alike or -1, Jaccard index to the nearest compared) of each."""
-    found = []
+    longest = max(length for _, where, _, _ in task for _, _, length in where)
+    found, read = [], functools.lru_cache(maxsize=2 + 2**25 // longest)(load_text)
     for members, where, bands, older in task:
-        texts, stay = {}, {}  # what was read; {(band, key): those that stay}
-
-        def read(i):
-            if i not in texts:
-                if sum(len(shingles) for _, shingles in texts.values()) > 2**23:  # a cluster may be larger than the memory
-                    texts.clear()
-                texts[i] = load_text(*where[i])
-            return texts[i]
-
+        stay = {}  # {(band, key): those that stay}
         for i, member in enumerate(members):
             keys, twin, nearest = list(enumerate(bands[i].tolist())), -1, 0.0
             for j in [] if older[i] else sorted({j for key in keys for j in stay.get(key, ())}):
-                (text, shingles), (other, theirs) = read(i), read(j)
+                (text, shingles), (other, theirs) = read(*where[i]), read(*where[j])
                 common = len(np.intersect1d(shingles, theirs, assume_unique=True))
                 index = common / (len(shingles) + len(theirs) - common)
                 nearest = max(nearest, index)
@@ -1122,8 +1114,8 @@ def survey(table: dict, twins: dict, limits: dict, cleaned: int) -> tuple[dict, 
     for part in table["maps"]:
         measures = np.array(part["measures"][(part["source"] < cleaned) & (part["reason"] != REASONS.index("broken"))])
         for name, histogram in histograms.items():
-            values = measures[:, MEASURES.index(name)]
-            histogram["counts"] = histogram["counts"] + np.histogram(np.clip(values[~np.isnan(values)], histogram["edges"][0], histogram["edges"][-1]), histogram["edges"])[0]
+            values, edges = measures[:, MEASURES.index(name)], histogram["edges"]
+            histogram["counts"] = histogram["counts"] + np.histogram(np.clip(values[~np.isnan(values)], edges[0], edges[-1]), edges)[0]
         tried = {name: [(limit, count + int(breaks(measures, name, limit).sum())) for limit, count in found] for name, found in tried.items()}
     ours = table["source"] < cleaned
     for name, values in (("jaccard", twins["jaccard"][ours & (table["reason"] != REASONS.index("exact"))]), ("contamination", table["share"][ours])):
@@ -1134,8 +1126,9 @@ def survey(table: dict, twins: dict, limits: dict, cleaned: int) -> tuple[dict, 
     if len(quality):
         counts, edges = np.histogram(quality, 40)
         histograms["quality"] = {"edges": edges, "counts": counts}
-    plain = {name: {key: np.round(value, 4).tolist() for key, value in histogram.items()} for name, histogram in histograms.items() if np.any(histogram["counts"])}
-    return plain, {name: [[round(limit, 4), count] for limit, count in found] for name, found in tried.items()}
+    histograms = {name: histogram for name, histogram in histograms.items() if np.any(histogram["counts"])}
+    histograms = {name: {key: np.round(value, 4).tolist() for key, value in histogram.items()} for name, histogram in histograms.items()}
+    return histograms, {name: [[round(limit, 4), count] for limit, count in found] for name, found in tried.items()}
 
 
 def met_questions(parts: Path, questions) -> dict:
@@ -1170,14 +1163,17 @@ def write_report(folder: Path, report: dict) -> None:
         lines.append(f"| {name} | {' | '.join(tried)} | {about} |")
     if "contamination" in report:
         found = report["contamination"]
-        lines += ["", "## Test questions", "", f"{found['too_short']:,} questions are too short to look for." + "".join(f" Not read: {problem}." for problem in found["unread"]),
+        lines += ["", "## Test questions", "", f"{found['too_short']:,} questions are too short to look for.", *found["unread"],
                   "", "| set | questions | any part found | half or more | four fifths or more |", "|---|---|---|---|---|"]
         lines += [f"| {name} | {' | '.join(f'{count:,}' for count in counts.values())} |" for name, counts in found["sets"].items()]
         lines += [""] + [f"- {example['question']}, {example['share']:.0%} of it: {code(example['text'])}" for example in found["examples"]]
     lines += ["", "## How the texts are spread", "", "![histograms](histograms.png)", "", "## Examples", ""]
     for reason, found in report["reasons"].items():
-        lines += [f"### {reason}", ""] + [f"- {example['read_from']}" + "".join(f", {key}: {example[key]}" for key in example if key not in ("read_from", "reason", "record"))
-                                          + f": {code(example['record'])}" for example in found["examples"]] + [""]
+        lines += [f"### {reason}", ""]
+        for example in found["examples"]:
+            more = "".join(f", {key}: {value}" for key, value in example.items() if key not in ("read_from", "reason", "record"))
+            lines.append(f"- {example['read_from']}{more}: {code(example['record'])}")
+        lines.append("")
     lines += [f"Seed {report['seed']}; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "; MinHash of "
               f"{BANDS} bands of {ROWS} rows over {SHINGLE} units."]
     (folder / "report.md").write_text("\n".join(lines) + "\n", "utf-8")
