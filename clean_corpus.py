@@ -48,7 +48,7 @@ STEPS = ("normalize", "rules", "exact", "near", "score", "words", "contamination
 RULES = {
     "least_characters": (20, "below the shortest poem; ChineseWebText has 200 for web pages"),
     "least_record_characters": (4, "an instruction with its answer; data-juicer has 10"),
-    "most_mojibake": (0, "text that the training scripts refuse: UTF-8 read in another encoding"),
+    "most_mojibake": (0.1, "share of UTF-8 read as GBK; 1 for any text that the training scripts refuse"),
     "most_garbage": (0.01, "share of U+FFFD, control and private characters, rows of boxes"),
     "most_rare_han": (0.2, "share of the Han characters that neither GB2312 nor Big5 has (with Hong Kong's): bad OCR"),
     "least_alphanumeric": (0.1, "share of letters and digits; data-juicer, Chinese fine-tuning data"),
@@ -80,9 +80,9 @@ ODD = re.compile(f"[{UNSEEN}\r\ud800-\udfff\U000f1000\U000f1001]")
 BOILERPLATE = re.compile(  # every alternative begins with a letter of its own: so a search takes no longer than reading
     "版权所有|未经(?:授权|许可|允许).*转载|关注.{0,8}公众号|扫码|扫一扫|上一篇[:：]|下一篇[:：]|ICP备|点击(?:查看|阅读|下载|进入|这里)|责任编辑[:：]|"
     "All rights reserved|all rights reserved|Click here|click here|Subscribe to our")
-DTYPE = np.dtype([(name, *kind.split()) for name, kind in dict(source="u4", record="u8", begin="u8", length="u4", bytes="u4", size="u4", units="u4", reason="u1",
-                                                               group="u1", quality="f4", share="f4", tie="u8").items()]
-                 + [("key", "u8", 2), ("bands", "u8", BANDS), ("measures", "f4", len(MEASURES))])
+DTYPE = np.dtype([("source", "u4"), ("record", "u8"), ("begin", "u8"), ("length", "u4"), ("bytes", "u4"), ("size", "u4"), ("units", "u4"), ("reason", "u1"),
+                  ("group", "u1"), ("quality", "f4"), ("share", "f4"), ("tie", "u8"), ("key", "u8", 2), ("bands", "u8", BANDS),
+                  ("measures", "f4", len(MEASURES))])  # what is known of a record by itself
 
 
 def main(
@@ -124,7 +124,7 @@ def main(
         resume: Go on from the last checkpoint in output_dir.
     """
     flags, started = dict(locals()), time.perf_counter()
-    sources, older, chosen, thresholds = check_flags(flags)
+    sources, older, chosen, thresholds = check_cleaning(flags)
     show(flags)
 
     # ---- load ----
@@ -165,7 +165,7 @@ def main(
                                                                                       "unicode": unicodedata.unidata_version}}
     if job.questions:
         report["contamination"] = met_questions(parts, job.questions)
-    write_report(output, report)
+    write_cleaning_report(output, report)
     shutil.rmtree(parts)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
     print(json.dumps({name: report[name] for name in ("read", "kept", "dropped", "bytes_read", "bytes_kept")} | {
@@ -174,7 +174,7 @@ def main(
 
 
 # ---- flags ----
-def check_flags(flags: dict) -> tuple[list[str], list[str], list[str], dict]:
+def check_cleaning(flags: dict) -> tuple[list[str], list[str], list[str], dict]:
     """(files to clean, older files, steps, limits), or BadInput."""
     chosen = [step.strip() for step in flags["steps"].split(",") if step.strip()]
     for step in set(chosen) - {*STEPS}:
@@ -235,7 +235,7 @@ def check_facts(output_dir: str, facts: dict, resume: bool) -> None:
 
 
 # ---- reading ----
-def read_pieces(path: str, document_separator: str):
+def cut_pieces(path: str, document_separator: str):
     """Yield (bytes of a line, or of a paragraph; what is wrong with it or None), in bounded memory whatever the file holds."""
     paragraph, size, problem = [], 0, None
     long = f"it is longer than {LONGEST >> 20} MiB: part it into documents"
@@ -267,7 +267,7 @@ def read_blocks(path: str, document_separator: str):
     by_row = array or path.endswith((".csv", ".parquet"))
     size = lambda item: len(item[0]) if not by_row else len(str(item))
     block, number, held = [], 0, 0
-    for item in read_rows(path, Counter()) if by_row else read_pieces(path, document_separator):
+    for item in read_rows(path, Counter()) if by_row else cut_pieces(path, document_separator):
         block.append(item)
         held += size(item)
         if held >= BLOCK:
@@ -414,7 +414,7 @@ def span_hashes(values, begin, end):
     return mix((sums[end] - sums[begin]) * inverse[begin])
 
 
-def windows(values, owner, size: int):
+def grams_of(values, owner, size: int):
     """(hash, text) of every `size` values in a row of one text."""
     begin = np.flatnonzero(owner[: len(owner) - size + 1] == owner[size - 1:]) if len(owner) >= size else np.zeros(0, np.int64)
     return span_hashes(values, begin, begin + size), owner[begin]
@@ -488,16 +488,16 @@ def measure_texts(texts: list[str], spelled, document, language: str = "auto"):
     ended = np.bincount(of_text, kinds[spelled.place[end - 1]] == END, minlength=n)
     key = spelled.key.astype(np.uint64)
     repeated = repeats(span_hashes(mix(key), begin, end), of_text, n)
-    grams, gram_owner = windows(key, spelled.key_owner, 13)
+    grams, gram_owner = grams_of(key, spelled.key_owner, 13)
     words = np.bincount(owner[1:][(kinds[1:] == LATIN) & (kinds[:-1] != LATIN)], minlength=n) + (n > 0 and kinds[0] == LATIN) * (np.arange(n) == 0)
-    mean_line, english, grams_of = total / np.maximum(1, lines), prose & (latin > 0.7 * total) & (words >= 50), np.bincount(gram_owner, minlength=n)
+    mean_line, english, gram_count = total / np.maximum(1, lines), prose & (latin > 0.7 * total) & (words >= 50), np.bincount(gram_owner, minlength=n)
     found = {"characters": (total, document), "record_characters": (total, ~document), "garbage": (garbage / total, True),
-             "mojibake": (mojibake(texts, kinds, owner), True), "rare_han": (counts[:, RARE] / np.maximum(1, han), han >= 10),
+             "mojibake": (mojibake(texts, kinds, owner, han), True), "rare_han": (counts[:, RARE] / np.maximum(1, han), han >= 10),
              "alphanumeric": ((letters + digits) / total, True), "line_characters": (mean_line, prose),
              "han": (han / np.maximum(1, letters), (language == "zh") & prose), "latin": (latin / np.maximum(1, letters), (language == "en") & prose),
              "ended_lines": (ended / np.maximum(1, lines), prose & (lines >= 8) & (mean_line < 5)),
              "repeated_lines": (repeated / np.maximum(1, lines), prose & (lines >= 8)),
-             "repeated_13grams": (repeats(grams, gram_owner, n) / np.maximum(1, grams_of), grams_of >= 40),
+             "repeated_13grams": (repeats(grams, gram_owner, n) / np.maximum(1, gram_count), gram_count >= 40),
              "word_letters": (latin / np.maximum(1, words), english)}
     return np.stack([np.where(found[name][1], found[name][0], np.nan) for name in MEASURES], axis=1).astype(np.float32)
 
@@ -508,15 +508,19 @@ def repeats(values, owner, count: int):
     return np.bincount((packed[1:][packed[1:] == packed[:-1]] >> np.uint64(40)).astype(np.int64), minlength=count)
 
 
-def mojibake(texts: list[str], kinds, owner):
-    """(n,) 1 where clean_text of utils.py, which every training script asks, refuses a text; asked only where UTF-8 read as GBK or Latin-1 may be."""
-    refused, maybe = np.zeros(len(texts)), owner[:-1][(kinds[:-1] == LEAD) & (kinds[1:] == TRAIL) | (kinds[:-1] == ACCENTED)]
-    for i in {*maybe.tolist(), *(i for i, text in enumerate(texts) if "锟斤拷" in text)}:
+def mojibake(texts: list[str], kinds, owner, han):
+    """(n,) the share of a text's Han characters that are UTF-8 read as GBK, by the pattern of the bytes; 1 where clean_text refuses the text.
+
+    That is the check in utils.py, which every training script makes. It is asked only where it might refuse: it takes longer than all the rest.
+    """
+    maybe = owner[:-1][(kinds[:-1] == LEAD) & (kinds[1:] == TRAIL)]
+    share = np.minimum(1, 3 * np.bincount(maybe, minlength=len(texts)) / np.maximum(10, han))
+    for i in {*maybe.tolist(), *owner[kinds == ACCENTED].tolist(), *(i for i, text in enumerate(texts) if "锟斤拷" in text)}:
         try:
             clean_text(texts[i], "", False, Counter())
         except BadInput:
-            refused[i] = 1
-    return refused
+            share[i] = 1
+    return share
 
 
 # ---- near duplicates ----
@@ -525,7 +529,7 @@ def signature(texts: list[str], seed: int = 42):
 
     A text of fewer than SHINGLE units has no shingle, and 2^32 - 1 everywhere: it can be an exact duplicate alone.
     """
-    shingles, owner = windows(*units_of(spell(texts)), SHINGLE)
+    shingles, owner = grams_of(*units_of(spell(texts)), SHINGLE)
     return minhash(shingles, owner, len(texts), seed)
 
 
@@ -675,7 +679,7 @@ def read_questions(path: str) -> SimpleNamespace:
         short += len(whole) < 8
         for sequence in [stem] if len(stem) >= GRAM else [whole, letters] if len(whole) >= 8 else []:
             size = min(GRAM, len(sequence))
-            grams = np.unique(windows(sequence, np.zeros(len(sequence), np.uint32), size)[0])
+            grams = np.unique(grams_of(sequence, np.zeros(len(sequence), np.uint32), size)[0])
             sizes[question] = len(grams) if sequence is not letters else min(sizes[question], len(grams))
             found.setdefault(size, []).append((grams, np.full(len(grams), question)))
     index = {}
@@ -706,7 +710,7 @@ def find_questions(units, owner, questions) -> dict[int, dict[int, float]]:
     """{text: {question: share of its grams that the text holds}}, of the questions of which a text holds any."""
     held = Counter()
     for size, (maybe, grams, of_question) in questions.index.items():
-        hashes, texts = windows(units, owner, size)
+        hashes, texts = grams_of(units, owner, size)
         likely = np.flatnonzero(maybe[(hashes >> np.uint64(42)).astype(np.int64)])
         hashes, texts = hashes[likely], texts[likely]
         first = np.searchsorted(grams, hashes)
@@ -752,7 +756,7 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
     sizes = np.cumsum([len(texts[i]) for i in fine])
     for chosen in filter(len, np.split(fine, np.searchsorted(sizes, np.arange(SLICE, sizes[-1], SLICE))) if len(fine) else []):
         judge_texts(job, table, chosen, new, old, about, texts, np.array(document, bool), met)
-    with whole_file(job.parts / f"{number:06}.jsonl") as file:
+    with finished_file(job.parts / f"{number:06}.jsonl") as file:
         for i, row in enumerate(new):
             fields = [dump(row), dump(old[i]) if old[i] is not None else b"", dump(about[i]) if about[i] else b""]
             table["begin"][i], table["length"][i] = file.tell(), len(fields[0])
@@ -762,7 +766,7 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
         table["reason"][fine] = 0
     if met:
         replace_json(job.parts / f"{number:06}.json", met)
-    with whole_file(job.parts / f"{number:06}.npy") as file:
+    with finished_file(job.parts / f"{number:06}.npy") as file:
         np.save(file, table)
     return int(table["bytes"].sum())
 
@@ -801,6 +805,7 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
                 places = {strings[j].count("\n", 0, place - int(starts[j])) for _, _, action, place in found if action == "drop_line"}
                 kept = [line for k, line in enumerate(strings[j].split("\n")) if k not in places]
                 old[i], new[i], strings[j], again = old[i] or new[i], new[i] | {name: "\n".join(kept)}, "\n".join(kept), True
+                reason[j] = 0 if strings[j].strip() else REASONS.index("words")
             about[i]["words"] = [[category, word, action] for word, category, action, _ in found]
         spelled = spell(strings) if again else spelled
     table["measures"][chosen] = measures = measure_texts(strings, spelled, document, job.language)
@@ -819,7 +824,7 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
         units, owner = units_of(spelled)
         table["units"][chosen] = np.bincount(owner, minlength=len(chosen))
     if "near" in job.steps:
-        table["bands"][chosen] = band_keys(minhash(*windows(units, owner, SHINGLE), len(chosen), job.seed))
+        table["bands"][chosen] = band_keys(minhash(*grams_of(units, owner, SHINGLE), len(chosen), job.seed))
     for j, shares in (find_questions(units, owner, job.questions) if job.questions else {}).items():
         question, table["share"][chosen[j]] = max(shares.items(), key=lambda item: (item[1], -item[0]))
         about[chosen[j]]["question"] = [job.questions.names[question], round(shares[question], 3)]
@@ -839,7 +844,7 @@ def dump(row) -> bytes:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path):
+def finished_file(path: Path):
     """A file to write to, that is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}.new")
     with open(unfinished, "wb") as file:
@@ -980,12 +985,12 @@ def near_duplicates(table: dict, members, rank, older, limits: dict, workers: in
             yield task
 
     with tqdm(total=len(linked), unit=" texts", desc="comparing") as bar:
-        for found in in_processes(functools.partial(compare, limits=limits), tasks(), workers):
+        for found in in_processes(functools.partial(compare_clusters, limits=limits), tasks(), workers):
             bar.update(len(found))
             yield found
 
 
-def compare(task, *, limits: dict) -> list[tuple[int, int, float]]:
+def compare_clusters(task, *, limits: dict) -> list[tuple[int, int, float]]:
     """Of clusters of candidates, best first: (record, the first that stays and is alike or -1, Jaccard index to the nearest compared) of each."""
     longest = max(length for _, where, _, _ in task for _, _, length in where)
     found, read = [], functools.lru_cache(maxsize=2 + 2**25 // longest)(load_text)
@@ -1018,7 +1023,7 @@ def load_text(path: str, begin: int, length: int) -> tuple[str, np.ndarray]:
     with open(path, "rb") as file:
         file.seek(begin)
         text = "\n".join(turns_of(json.loads(file.read(length)))[0])
-    return text, np.unique(windows(*units_of(spell([text])), SHINGLE)[0])
+    return text, np.unique(grams_of(*units_of(spell([text])), SHINGLE)[0])
 
 
 def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: int) -> None:
@@ -1040,7 +1045,7 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
                 loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
             scores[i] = -float(loss) / math.log(2) / len(text)
             if i % 100 == 0:
-                with whole_file(parts / "scores.npy") as file:
+                with finished_file(parts / "scores.npy") as file:
                     np.save(file, scores)
     table["quality"] = scores
 
@@ -1068,7 +1073,7 @@ def write_records(output_dir: Path, table: dict, twins: dict, buckets, sources: 
     """Write kept.jsonl and dropped.jsonl, in the order read; returns {reason: {"records", "bytes", "examples"}} with "" for what is kept."""
     name = lambda i: f"{sources[table['source'][i]]}:{table['record'][i]}"
     found, i = {}, 0
-    with whole_file(output_dir / "kept.jsonl") as kept, whole_file(output_dir / "dropped.jsonl") as dropped:
+    with finished_file(output_dir / "kept.jsonl") as kept, finished_file(output_dir / "dropped.jsonl") as dropped:
         for part in table["files"]:
             with open(part.with_suffix(".jsonl"), "rb") as lines:
                 for line in lines:
@@ -1081,8 +1086,8 @@ def write_records(output_dir: Path, table: dict, twins: dict, buckets, sources: 
                         more = {}
                         if buckets is not None and buckets[i] >= 0:
                             more = {"quality": round(float(table["quality"][i]), 4), "bucket": ("high", "medium", "low")[buckets[i]]}
-                        if "words" in about:
-                            more["flagged"] = dict(Counter(category for category, _, _ in about["words"]))
+                        if flagged := Counter(category for category, _, action in about.get("words", []) if action == "flag"):
+                            more["flagged"] = dict(flagged)
                     else:
                         more = {"reason": reason, "read_from": name(i)} | ({"duplicate_of": name(twins["twin"][i])} if twins["twin"][i] >= 0 else {}) | about
                     (dropped if reason else kept).write(with_columns(old if reason and old else new, more) + b"\n")
@@ -1148,7 +1153,7 @@ def met_questions(parts: Path, questions) -> dict:
             "examples": [{"question": questions.names[question], "share": best[question][0], "text": best[question][1]} for question in most]}
 
 
-def write_report(folder: Path, report: dict) -> None:
+def write_cleaning_report(folder: Path, report: dict) -> None:
     """report.md, histograms.png, and at the last report.json, by which a run is finished."""
     lines = ["# What the cleaning of this corpus did", "", f"{report['read']:,} records read, {report['kept']:,} kept, {report['dropped']:,} dropped; "
              f"{report['bytes_read']:,} bytes of text read, {report['bytes_kept']:,} kept. Steps: {', '.join(report['steps'])}.",
@@ -1177,7 +1182,7 @@ def write_report(folder: Path, report: dict) -> None:
     lines += [f"Seed {report['seed']}; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "; MinHash of "
               f"{BANDS} bands of {ROWS} rows over {SHINGLE} units."]
     (folder / "report.md").write_text("\n".join(lines) + "\n", "utf-8")
-    draw(folder / "histograms.png", report["histograms"], report["limits"])
+    draw_histograms(folder / "histograms.png", report["histograms"], report["limits"])
     replace_json(folder / "report.json", report)
 
 
@@ -1186,7 +1191,7 @@ def code(text: str) -> str:
     return "`` " + " ".join(text.replace("``", "' '").split())[:200] + " ``"
 
 
-def draw(path: Path, histograms: dict, limits: dict) -> None:
+def draw_histograms(path: Path, histograms: dict, limits: dict) -> None:
     """All histograms in one picture, with the limits in red."""
     import matplotlib
 
