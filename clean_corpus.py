@@ -55,7 +55,7 @@ RULES = {
     "least_han": (0.3, "share of Han among the letters of prose, for --language zh; ChineseWebText"),
     "least_latin": (0.5, "share of Latin among the letters of prose, for --language en"),
     "least_line_characters": (3, "mean line of prose; ChineseWebText has 10 for web pages, which no poem of five characters a line passes"),
-    "least_ended_lines": (0.106, "share of lines with a final mark, in prose of 8 short lines or more (menus); FineWeb-2, Chinese"),
+    "least_ended_lines": (0.106, "share of lines with a final mark, in 8 lines of prose or more with a mean below 4 (menus); FineWeb-2, Chinese"),
     "most_repeated_lines": (0.287, "share of the lines of prose that stood before, of 8 lines or more; FineWeb-2, Chinese"),
     "most_repeated_13grams": (0.5, "share of 13 characters in a row that stood before; ChineseWebText"),
     "least_word_letters": (3, "mean word of English prose; Gopher, arXiv:2112.11446"),
@@ -241,6 +241,7 @@ def cut_pieces(path: str, document_separator: str):
     long = f"it is longer than {LONGEST >> 20} MiB: part it into documents"
     by_line = document_separator == "line" or not path.endswith(".txt")
     with open(path, "rb") as file:
+        file.seek(3 * (file.read(3) == b"\xef\xbb\xbf"))  # a byte order mark
         while line := file.readline(LONGEST + 1):
             whole = len(line) <= LONGEST
             while not whole and line[-1:] != b"\n" and (more := file.readline(LONGEST)):
@@ -285,7 +286,7 @@ def parse(item, text_file: bool) -> dict:
     if problem:
         raise BadInput(problem)
     try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8")
         return {"text": text.rstrip("\r\n")} if text_file else json.loads(text)
     except UnicodeDecodeError as error:
         gbk = "\ufffd" not in data.decode("gb18030", "replace")
@@ -495,7 +496,7 @@ def measure_texts(texts: list[str], spelled, document, language: str = "auto"):
              "mojibake": (mojibake(texts, kinds, owner, han), True), "rare_han": (counts[:, RARE] / np.maximum(1, han), han >= 10),
              "alphanumeric": ((letters + digits) / total, True), "line_characters": (mean_line, prose),
              "han": (han / np.maximum(1, letters), (language == "zh") & prose), "latin": (latin / np.maximum(1, letters), (language == "en") & prose),
-             "ended_lines": (ended / np.maximum(1, lines), prose & (lines >= 8) & (mean_line < 5)),
+             "ended_lines": (ended / np.maximum(1, lines), prose & (lines >= 8) & (mean_line < 4)),
              "repeated_lines": (repeated / np.maximum(1, lines), prose & (lines >= 8)),
              "repeated_13grams": (repeats(grams, gram_owner, n) / np.maximum(1, gram_count), gram_count >= 40),
              "word_letters": (latin / np.maximum(1, words), english)}
