@@ -1200,17 +1200,17 @@ def draw_histograms(path: Path, histograms: dict, limits: dict) -> None:
     from matplotlib import pyplot
 
     rows = -(-len(histograms) // 4)
-    figure, axes = pyplot.subplots(max(1, rows), 4, figsize=(14, 2.6 * max(1, rows)), squeeze=False)
+    figure, axes = pyplot.subplots(max(1, rows), 4, figsize=(14, 2.8 * max(1, rows)), squeeze=False, gridspec_kw={"hspace": 0.4, "wspace": 0.25})
     for axis in axes.flat[len(histograms):]:
         axis.axis("off")
     for axis, (name, found) in zip(axes.flat, histograms.items()):
         axis.stairs(found["counts"], found["edges"], fill=True)
         axis.set(title=name.replace("_", " "), yscale="log", xscale="log" if found["edges"][-1] == 1e6 else "linear")
+        axis.minorticks_off()
         for limit in (f"least_{name}", f"most_{name}", name):
             if limits.get(limit) is not None:
                 axis.axvline(limits[limit], color="tab:red")
-    figure.supylabel("records")
-    figure.tight_layout()
+    figure.supylabel("records", x=0.08)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
