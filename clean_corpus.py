@@ -72,7 +72,7 @@ DEFAULTS = {name: value for name, (value, _) in (RULES | OTHER_LIMITS).items()}
 MEASURES = list(dict.fromkeys(name.partition("_")[2] for name in RULES))
 REASONS = ["", "broken", "words", "contamination", *(f"rule:{name}" for name in RULES), "exact", "near"]
 BANDS, ROWS, SHINGLE, GRAM = 14, 8, 5, 13  # FineWeb's bands; units of a shingle; units of a question that count as found
-BLOCK, SLICE, LONGEST = 2**21, 2**18, 2**25  # bytes of a part; characters judged at a time, in a core's cache; bytes of a line beyond which it is no document
+BLOCK, SLICE, LONGEST = 2**21, 2**18, 2**24  # bytes of a part; characters judged at a time, in a core's cache; bytes of a line beyond which it is no document
 TEXTS = ("text", "completion", "content", "context", "instruction", "input", "output", "target", "prompt", "system", "history", "conversations", "messages")
 ADDED = ("quality", "bucket", "flagged")  # columns that kept records get
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff"  # controls, soft hyphen, zero width; not the joiners of emoji and Indic scripts
@@ -129,11 +129,12 @@ def main(
 
     # ---- load ----
     output, files = Path(output_dir), {name: flags[name] for name in ("data_path", "against", "eval_data", "good_text", "word_list")}
-    facts = {name: value for name, value in flags.items() if name not in ("output_dir", "workers", "resume", *files)} | {"code": file_hash(__file__)} | {
-        name: [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in list_files(paths, name)] for name, paths in files.items()}
+    facts = {name: value for name, value in flags.items() if name not in ("output_dir", "workers", "resume", *files)}
+    facts |= {name: [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in list_files(paths, name)] for name, paths in files.items()}
+    facts |= {"limits": thresholds, "code": file_hash(__file__)}
     check_facts(output_dir, facts, resume)
     write_facts(output_dir, facts)
-    (parts := output / "parts").mkdir(exist_ok=True)
+    parts = output / "parts"
     job = SimpleNamespace(parts=parts, cleaned=len(sources), steps=chosen, language=language, limits=thresholds, seed=seed)
     job.words = read_word_list(word_list) if "words" in chosen and word_list else None
     job.questions = read_questions(eval_data) if "contamination" in chosen and eval_data else None
@@ -145,11 +146,16 @@ def main(
             print(f"step {step}: nothing to do without --{flag}", file=sys.stderr)
 
     # ---- clean ----
-    judge_files(job, sources + older, document_separator, workers)
-    table = load_parts(parts)
-    ours = table["source"] < len(sources)
-    if np.all(table["reason"][ours] == REASONS.index("broken")):
-        raise BadInput(f"--data_path={data_path}: none of its {ours.sum():,} records can be read" + first_problem(parts))
+    parts.mkdir(exist_ok=True)
+    try:
+        judge_files(job, sources + older, document_separator, workers)
+        table = load_parts(parts)
+        ours = table["source"] < len(sources)
+        if np.all(table["reason"][ours] == REASONS.index("broken")):
+            raise BadInput(f"--data_path={data_path}: none of its {ours.sum():,} records can be read" + first_problem(parts))
+    except BadInput:
+        shutil.rmtree(parts)  # a file must be mended, so this run cannot go on
+        raise
     twins = deduplicate(table, chosen, thresholds, len(sources), workers)
     if by_model:
         score_by_model(model_name_or_path, table, parts, len(sources))
@@ -366,7 +372,8 @@ KINDS = HAN, RARE, LEAD, TRAIL, ACCENTED, LATIN, LETTER, DIGIT, SPACE, GARBAGE, 
 
 @functools.cache
 def tables() -> SimpleNamespace:
-    """By code point: `key`, what it is compared as (NFKC, lower case; 0: not at all); `unit` (1: a unit by itself, 2: part of a run); `kind`, its class."""
+    """By code point: `key`, what it is compared as (NFKC, lower case; 0: not at all); `unit` (1: a unit by itself, 2: part of a run), and its
+    `value` there; `kind`, its class."""
     size = 0x110000
     key, unit, kind = np.arange(size, dtype=np.uint32), np.zeros(size, np.uint8), np.full(size, MARK, np.uint8)
     for code in range(0x32400):  # nothing but private use and tags stands above
@@ -390,7 +397,7 @@ def tables() -> SimpleNamespace:
         kind[[ord(char) for char in chars]] = what
     kind[0xD800:0xF900] = kind[0xF0000:] = GARBAGE
     key[[*map(ord, "\t\n")]] = 0
-    return SimpleNamespace(key=key, unit=unit, kind=kind)
+    return SimpleNamespace(key=key, unit=unit, kind=kind, value=mix(key.astype(np.uint64)) * (unit > 0))
 
 
 def mix(values):
@@ -433,17 +440,18 @@ def spell(texts: list[str]) -> SimpleNamespace:
 def units_of(spelled):
     """(hash, text) of every unit: a Han character, a run of letters and digits, a sign of arithmetic."""
     unit = tables().unit[spelled.codes]
-    begin = np.flatnonzero((unit == 1) | ((unit == 2) & (np.concatenate([[0], unit[:-1]]) != 2)))
-    values = mix(tables().key[spelled.codes].astype(np.uint64)) * (unit > 0)
+    first = unit > 0
+    first[1:] &= (unit[1:] == 1) | (unit[:-1] != 2)
+    begin = np.flatnonzero(first)
     end = np.concatenate([begin[1:], [len(unit)]]) if len(begin) else begin
-    return span_hashes(values, begin, end), spelled.owner[begin]
+    return span_hashes(tables().value[spelled.codes], begin, end), spelled.owner[begin]  # what stands between two units counts as nothing
 
 
 # ---- rules ----
-def measure(record: dict) -> dict[str, float]:
+def measure(record: dict, language: str = "auto") -> dict[str, float]:
     """The measures of one record, by name; nan where one does not apply. A pure function, as verdict is: engines map them."""
     texts, document = turns_of(record)
-    return dict(zip(MEASURES, measure_texts([text := "\n".join(texts)], spell([text]), np.array([document]))[0].tolist()))
+    return dict(zip(MEASURES, measure_texts([text := "\n".join(texts)], spell([text]), np.array([document]), language)[0].tolist()))
 
 
 def verdict(measures: dict[str, float], limits: dict | None = None) -> str | None:
@@ -565,12 +573,6 @@ def band_keys(signatures):
     return keys
 
 
-def differ_in_numbers_alone(a: str, b: str) -> bool:
-    """Whether two texts say the same but for their numbers and signs: a form filled in twice, two sums, two editions of one price list."""
-    words, numbers = ([re.sub(pattern, "", unicodedata.normalize("NFKC", text).lower()) for text in (a, b)] for pattern in (r"[\W\d_]", r"[^\d+\-*/=<>%^×÷]"))
-    return words[0] == words[1] and numbers[0] != numbers[1]
-
-
 # ---- quality ----
 def count_pairs(good_text: str, document_separator: str):
     """Counts of the pairs of characters in good text, hashed to 2^20 places, and of the characters before them."""
@@ -637,7 +639,7 @@ def find_words(spelled, words: dict) -> dict[int, list[tuple[str, str, str, int]
     letter = lambda place: 0 <= place < len(spelled.codes) and tables().kind[spelled.codes[place]] in (LATIN, DIGIT)
     hits, allowed = {}, set()
     for at in places.tolist():
-        for word, category, action in words.get(text[at : at + 2], []) + words.get(text[at], []):
+        for word, category, action in itertools.chain.from_iterable(words.get(start, []) for start in {text[at : at + 2], text[at]}):
             last = at + len(word) - 1
             if not text.startswith(word, at) or spelled.key_owner[at] != spelled.key_owner[last]:
                 continue
@@ -809,10 +811,10 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
                 reason[j] = 0 if strings[j].strip() else REASONS.index("words")
             about[i]["words"] = [[category, word, action] for word, category, action, _ in found]
         spelled = spell(strings) if again else spelled
-    table["measures"][chosen] = measures = measure_texts(strings, spelled, document, job.language)
+    table["measures"][chosen] = np.nan
     if "rules" in job.steps:
-        broken = first_broken(measures, job.limits)
-        reason = np.where(reason == 0, broken, reason)
+        table["measures"][chosen] = measures = measure_texts(strings, spelled, document, job.language)
+        reason = np.where(reason == 0, first_broken(measures, job.limits), reason)
     size, han = np.bincount(spelled.key_owner, minlength=len(chosen)), np.bincount(spelled.key_owner, spelled.key - 0x4E00 < 0x5200, minlength=len(chosen))
     table["group"][chosen] = 3 * (han > 0.3 * size) + (size > 200) + (size > 2000)  # language and length, within which texts are ranked
     table["size"][chosen] = size
@@ -993,18 +995,20 @@ def near_duplicates(table: dict, members, rank, older, limits: dict, workers: in
 
 def compare_clusters(task, *, limits: dict) -> list[tuple[int, int, float]]:
     """Of clusters of candidates, best first: (record, the first that stays and is alike or -1, Jaccard index to the nearest compared) of each."""
-    longest = max(length for _, where, _, _ in task for _, _, length in where)
-    found, read = [], functools.lru_cache(maxsize=2 + 2**25 // longest)(load_text)
+    found, places = [], [place for _, where, _, _ in task for place in where]
+    known = dict(zip(places, load_texts(places))) if sum(length for _, _, length in places) < 2**23 else {}  # a cluster may be larger than the memory
+    read = functools.lru_cache(maxsize=8)(lambda place: known.get(place) or load_texts([place])[0])
     for members, where, bands, older in task:
         stay = {}  # {(band, key): those that stay}
         for i, member in enumerate(members):
             keys, twin, nearest = list(enumerate(bands[i].tolist())), -1, 0.0
             for j in [] if older[i] else sorted({j for key in keys for j in stay.get(key, ())}):
-                (text, shingles), (other, theirs) = read(*where[i]), read(*where[j])
-                common = len(np.intersect1d(shingles, theirs, assume_unique=True))
-                index = common / (len(shingles) + len(theirs) - common)
+                (shingles, words, numbers), (others, other_words, other_numbers) = read(where[i]), read(where[j])
+                common = len(np.intersect1d(shingles, others, assume_unique=True))
+                index = common / (len(shingles) + len(others) - common)
                 nearest = max(nearest, index)
-                if index >= limits["jaccard"] and (limits["same_but_numbers"] or not differ_in_numbers_alone(text, other)):
+                # Two sums, two receipts, two editions of a price list: what says the same but for its numbers and signs is no copy
+                if index >= limits["jaccard"] and (limits["same_but_numbers"] or words != other_words or numbers == other_numbers):
                     twin = members[j]
                     break
             else:
@@ -1019,12 +1023,22 @@ def place_of(table: dict, i: int) -> tuple[str, int, int]:
     return str(table["files"][table["part"][i]].with_suffix(".jsonl")), int(table["begin"][i]), int(table["length"][i])
 
 
-def load_text(path: str, begin: int, length: int) -> tuple[str, np.ndarray]:
-    """(text, its different shingles) of a record of a part."""
-    with open(path, "rb") as file:
-        file.seek(begin)
-        text = "\n".join(turns_of(json.loads(file.read(length)))[0])
-    return text, np.unique(grams_of(*units_of(spell([text])), SHINGLE)[0])
+def read_text_of(place: tuple[str, int, int]) -> str:
+    """The text of a record of a part."""
+    with open(place[0], "rb") as file:
+        file.seek(place[1])
+        return "\n".join(turns_of(json.loads(file.read(place[2])))[0])
+
+
+def load_texts(places: list) -> list[tuple]:
+    """(its different shingles, its letters, its digits and signs of arithmetic) of each text."""
+    spelled, look = spell([read_text_of(place) for place in places]), tables()
+    codes = spelled.codes[spelled.place]
+    number = (look.kind[codes] == DIGIT) | (look.unit[codes] == 1) & (look.kind[codes] != HAN) & (codes < 0x2E80)
+    shingles, owner = grams_of(*units_of(spelled), SHINGLE)
+    split = lambda values, owner: np.split(values, np.searchsorted(owner, np.arange(1, len(places))))
+    texts = (split(spelled.key[chosen], spelled.key_owner[chosen]) for chosen in (~number & (look.unit[codes] > 0), number))
+    return [(np.unique(found), letters.tobytes(), digits.tobytes()) for found, letters, digits in zip(split(shingles, owner), *texts)]
 
 
 def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: int) -> None:
@@ -1040,7 +1054,7 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
     stay = np.flatnonzero((table["reason"] == 0) & (table["source"] < cleaned))
     for i in tqdm(stay, desc="scoring", unit=" texts"):
         if np.isnan(scores[i]):
-            text = load_text(*place_of(table, i))[0][:1000]
+            text = read_text_of(place_of(table, i))[:1000]
             ids = torch.tensor([begin + tokenizer(text, add_special_tokens=False).input_ids], device=device)
             with torch.inference_mode():
                 loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")

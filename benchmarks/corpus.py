@@ -99,7 +99,7 @@ def main(
     Args:
         peer: The Python of an environment that has datatrove and datasketch.
         data_dir: Folder of Chinese texts, which has text/*.txt.
-        megabytes: Of text that is cleaned at most; a fifth of the texts are planted near duplicates.
+        megabytes: Of text that is cleaned, a sixth of it planted near duplicates; beyond what data_dir has, its sentences are shuffled.
         sizes: Megabytes of corpora to measure the memory with, with commas, as 250,500,1000; empty: none.
         repeats: Runs of each, taking turns; the tables have their medians and spread. 0: only the memory.
         seed: Of the texts' order and of what is planted.
@@ -158,6 +158,13 @@ def plant(files: list[Path], size: float, seed: int) -> tuple[list[str], list[tu
                 texts.append(part)
                 part = ""
     generator.shuffle(texts)
+    sentences = [part for text in texts for part in re.findall(r"[^。！？\n]+[。！？\n]?", text) if part.strip()]
+    missing = size / 1.2 - sum(len(text.encode()) for text in texts)
+    while missing > 0:
+        texts.append("")
+        while len(texts[-1]) < 880:
+            texts[-1] += generator.choice(sentences)
+        missing -= len(texts[-1].encode())
     letters, total, chosen = [letter for text in texts[:100] for letter in text if letter.isalnum()], 0, []
     for text in texts:
         total += 1.2 * len(text.encode())
