@@ -144,6 +144,7 @@ def main(
                               ("score", "good_text or --model_name_or_path", job.good or by_model)):
         if step in chosen and not given:
             print(f"step {step}: nothing to do without --{flag}", file=sys.stderr)
+            chosen.remove(step)
 
     # ---- clean ----
     parts.mkdir(exist_ok=True)
@@ -767,7 +768,7 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
             file.write(b"\t".join(fields) + b"\n")
     if source >= job.cleaned:  # older records are not cleaned, only compared with
         table["reason"][fine] = 0
-    if met:
+    if met and source < job.cleaned:
         replace_json(job.parts / f"{number:06}.json", met)
     with finished_file(job.parts / f"{number:06}.npy") as file:
         np.save(file, table)

@@ -63,7 +63,7 @@ def texts(rows) -> list[str]:
 
 # ---- what is kept, and what is dropped ----
 def test_kept_and_dropped_together_are_what_was_read_and_every_loss_can_be_read(clean):
-    rows = [{"text": text_of(i % 7), "id": i, "meta": {"url": "x"}} for i in range(20)] + ["短", "\ufffd" * 40]
+    rows = [{"text": text_of(i % 7), "id": i, "meta": {"url": "x"}, "quality": "mine"} for i in range(20)] + ["短", "\ufffd" * 40]
     kept, dropped, report = clean(*rows)
     columns = [{name: value for name, value in row.items() if name not in ("reason", "read_from", "duplicate_of")} for row in kept + dropped]
     assert sorted(columns, key=str) == sorted(({"text": row} if isinstance(row, str) else row for row in rows), key=str)
