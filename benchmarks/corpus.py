@@ -90,6 +90,7 @@ def main(
     peer: str,
     data_dir: str,
     megabytes: int = 30,
+    rules: bool = True,
     sizes: str = "",
     repeats: int = 3,
     seed: int = 0,
@@ -100,6 +101,7 @@ def main(
         peer: The Python of an environment that has datatrove and datasketch.
         data_dir: Folder of Chinese texts, which has text/*.txt.
         megabytes: Of text that is cleaned, a sixth of it planted near duplicates; beyond what data_dir has, its sentences are shuffled.
+        rules: Measure rules and duplicates together as well, not near duplicates alone.
         sizes: Megabytes of corpora to measure the memory with, with commas, as 250,500,1000; empty: none.
         repeats: Runs of each, taking turns; the tables have their medians and spread. 0: only the memory.
         seed: Of the texts' order and of what is planted.
@@ -121,6 +123,8 @@ def main(
         theirs = lambda source, filters: lambda out: [peer, "-c", source, work / "in", out, filters]
         commands = {"near duplicates": {"clean_corpus.py": ours("near"), "datatrove": theirs(DATATROVE, "False"), "datasketch": theirs(DATASKETCH, "False")},
                     "rules and duplicates": {"clean_corpus.py": ours("normalize,rules,exact,near"), "datatrove": theirs(DATATROVE, "True")}}
+        if not rules:
+            del commands["rules and duplicates"]
         clock, processor, kept = {}, {}, {}
         for run in range(repeats):
             for what, ways in commands.items():
