@@ -165,7 +165,7 @@ def read_config(base: "Weights"):
         if name not in base.tensors or tuple(base.tensors[name].shape) != shape:
             has = f"has {name} of {tuple(base.tensors[name].shape)}" if name in base.tensors else f"lacks {name}"
             raise BadInput(f"{base.folder} {has}, its config.json asks for {shape}: the files do not belong together")
-    rope = config.rope_parameters
+    rope, config.head_dim = config.rope_parameters, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.hidden_act != "silu" or rope.get("partial_rotary_factor", 1) != 1:
         raise BadInput(f"{base.folder}: llama.cpp computes this kind of model with the activation silu and whole rotary embeddings, "
                        f"config.json has {config.hidden_act} and {rope.get('partial_rotary_factor', 1)}")
@@ -280,7 +280,8 @@ def pre_tokenizer(state: dict, tokenizer) -> str:
                        f"here of llama.cpp's ways are {ways}: start from a base whose tokenizer is one of these")
     known, whole = PRE_TOKENIZERS[found]
     ignores, bpe = state["model"].get("ignore_merges", False), tokenizer.backend_tokenizer.model
-    if whole != ignores and (ignores or any(len(bpe.tokenize(piece)) > 1 for piece in state["model"]["vocab"])):
+    pieces = state["model"]["vocab"].keys() - {token["content"] for token in state["added_tokens"]}
+    if whole != ignores and (ignores or any(len(bpe.tokenize(piece)) > 1 for piece in pieces)):
         raise BadInput(f"{name}: its tokenizer has ignore_merges = {ignores}, llama.cpp's {known} the other, and there are pieces that no merges make")
     if normalizer:
         print("llama.cpp does not compose characters (NFC): text with accents apart from their letters gets other ids there", file=sys.stderr)
@@ -322,7 +323,6 @@ def parts_of(base: "Weights", config, name: str | None, shape: tuple, kind):
     Queries and keys of llama.cpp's LLaMA have the two numbers of a pair that is turned together beside one another, those of
     transformers half a head apart.
     """
-    import numpy
     import torch
     from gguf import quants
 
@@ -333,15 +333,14 @@ def parts_of(base: "Weights", config, name: str | None, shape: tuple, kind):
     step = max(1, ROWS_AT_ONCE // math.prod(shape[1:]) // heads) * heads
     for begin in range(0, shape[0], step):
         rows = base.read(name, slice(begin, begin + step)).float()
+        if not (most := rows.abs().max()) <= (limit := torch.finfo(torch.float16 if kind.name == "F16" else torch.float32).max):
+            raise RunStopped(f"{name} holds {most:g}, which is more than {limit:g}" + " in f16: take --type bf16" * bool(most.isfinite()))
         if heads > 1:
             rows = rows.view(-1, 2, heads // 2, *shape[1:]).transpose(1, 2).reshape(rows.shape)
         if kind.name == "BF16":
             yield rows.bfloat16().view(torch.int16).numpy()
             continue
-        part = quants.quantize(rows.numpy(), kind)
-        if kind.name == "F16" and not numpy.isfinite(part).all() or not rows.isfinite().all():
-            raise RunStopped(f"{name} holds numbers that are infinite or no numbers" + (" in f16: take --type bf16" if rows.isfinite().all() else ""))
-        yield part
+        yield quants.quantize(rows.numpy(), kind)
 
 
 def rope_factors(config):
