@@ -41,6 +41,7 @@ from utils import SHORTEST, BadInput, Chat, RunStopped, check_file, check_model,
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # {model_type of transformers: llama.cpp's name}
 ROWS_AT_ONCE = 2**24  # numbers: 64 MiB in fp32
+COMPARED = 2000  # lines of each kind of text, at the end
 # What cuts a text before byte-level BPE merges, {regular expressions in the order in which they cut: (llama.cpp's name for that, does it
 # take a word that is a piece whole, whatever the merges (`ignore_merges`))}
 BYTE_LEVEL = "ByteLevel"  # GPT-2's own expression, which `tokenizers` has under that name
@@ -497,7 +498,7 @@ def compare_ids(file: Path, tokenizer, chat: Chat | None, vocabulary: dict, eval
     usual = [i for i, kind in enumerate(vocabulary["types"]) if kind.name == "NORMAL"]
     random.Random(0).shuffle(usual)
     texts = {"the vocabulary": [tokenizer.decode(usual[i : i + 20]) for i in range(0, len(usual), 20)],
-             "English": "\n".join(topics.values())[:200_000].split("\n"), "code": inspect.getsource(argparse).split("\n")}
+             "English": "\n".join(topics.values()).split("\n"), "code": inspect.getsource(argparse).split("\n")}
     if eval_path:
         rows = read_rows(eval_path, Counter(), "line")
         texts[Path(eval_path).stem] = [line for row in rows for value in row.values() if isinstance(value, str) for line in value.split("\n")]
@@ -505,6 +506,7 @@ def compare_ids(file: Path, tokenizer, chat: Chat | None, vocabulary: dict, eval
     for kind, lines in texts.items():
         # Before a first blank llama.cpp puts another, as SentencePiece does, and newer transformers do not
         lines = [line for line in map(str.strip, lines) if line and not control.search(line)]
+        lines = lines[:: max(1, len(lines) // COMPARED)]
         pairs = []
         for line in lines:
             if chat:
