@@ -85,10 +85,9 @@ def main(
 
     # ---- load ----
     folder = local_folder(model_name_or_path, allow_pickle)
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in ARCHITECTURES:
-        raise BadInput(f"{folder} is a model of the kind {kind}: of {', '.join(ARCHITECTURES)} it is known here how llama.cpp computes them, of others not; "
-                       f"its own convert_hf_to_gguf.py knows more")
+    if (model_type := read_json(folder / "config.json").get("model_type")) not in ARCHITECTURES:
+        raise BadInput(f"{folder} is a model of the kind {model_type}, which is not known here; known are {', '.join(ARCHITECTURES)}. llama.cpp may know it: "
+                       f"try its own convert_hf_to_gguf.py")
     base, tokenizer = Weights(folder, allow_pickle=allow_pickle), read_tokenizer(folder)
     config, shapes = read_config(base)
     chat = Chat(tokenizer) if tokenizer.chat_template else None
@@ -99,18 +98,20 @@ def main(
     size = sum(nbytes(shape, kind) for _, _, shape, kind in plan) + sum(len(token.encode()) + 16 for token in vocabulary["tokens"] + vocabulary["merges"])
     with whole_file(file, size) as unfinished:
         write_gguf(unfinished, base, config, vocabulary, plan, type)
-        template = ollama_template(chat, vocabulary["add_bos_token"]) if chat else "{{ .Prompt }}"
-        if template is not None:
-            modelfile.write_text(f'FROM ./{file.name}\nTEMPLATE """{template}"""\n' + "".join(
-                f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(i), ensure_ascii=False)}\n" for i in (chat.stop_ids if chat else ())), "utf-8")
+    template, stops = "{{ .Prompt }}", []
+    if chat:
+        template, stops = ollama_template(chat, vocabulary["add_bos_token"]), [json.dumps(token) for token in tokenizer.convert_ids_to_tokens(chat.stop_ids)]
+    if template is not None:
+        modelfile.write_text(f'FROM ./{file.name}\nTEMPLATE """{template}"""\n' + "".join(f"PARAMETER stop {stop}\n" for stop in stops), "utf-8")
 
     # ---- look ----
     equal = compare_ids(file, tokenizer, chat, vocabulary, eval_path)
-    print(f"llama.cpp   llama-server -m {file}        # a chat page and an API on port 8080\n"
-          f"            llama-cli -m {file}{'' if chat else ' -no-cnv -p ...    # a base model: it goes on with a text'}\n"
-          + f"Ollama      ollama create {file.stem} -f {modelfile} && ollama run {file.stem}\n" * (template is not None)
+    print(f"llama.cpp   llama-server -m {file}    # a chat page and an API on port 8080\n"
+          f"            " + (f"llama-cli -m {file}\n" if chat else f"llama-completion -m {file} -p '...'    # a base model: it goes on with a text\n")
+          + (f"Ollama      ollama create {file.stem} -f {modelfile} && ollama run {file.stem}\n" if template is not None else
+             "Ollama      write a Modelfile by hand: the chat template is no fixed text around each message\n")
           + f"LM Studio   lms import {file}", file=sys.stderr)
-    figures = {"architecture": ARCHITECTURES[kind], "tokenizer": vocabulary["model"], "pre_tokenizer": vocabulary["pre"], "tokens": config.vocab_size,
+    figures = {"architecture": ARCHITECTURES[model_type], "tokenizer": vocabulary["model"], "pre_tokenizer": vocabulary["pre"], "tokens": config.vocab_size,
                "bytes": file.stat().st_size, "ids_equal": equal, "seconds": round(time.perf_counter() - started, 1)}
     print(json.dumps(figures | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "output_file": output_file}))
 
@@ -330,14 +331,14 @@ def parts_of(base: "Weights", config, name: str | None, shape: tuple, kind):
     if name is None:
         yield rope_factors(config)
         return
-    heads = config.head_dim if ARCHITECTURES[config.model_type] == "llama" and re.search(r"self_attn\.[qk]_proj\.", name) else 1
-    step = max(1, ROWS_AT_ONCE // math.prod(shape[1:]) // heads) * heads
+    head = config.head_dim if ARCHITECTURES[config.model_type] == "llama" and re.search(r"self_attn\.[qk]_proj\.", name) else 1
+    step = max(1, ROWS_AT_ONCE // math.prod(shape[1:]) // head) * head  # whole heads
     for begin in range(0, shape[0], step):
         rows = base.read(name, slice(begin, begin + step)).float()
         if not (most := rows.abs().max()) <= (limit := torch.finfo(torch.float16 if kind.name == "F16" else torch.float32).max):
             raise RunStopped(f"{name} holds {most:g}, which is more than {limit:g}" + " in f16: take --type bf16" * bool(most.isfinite()))
-        if heads > 1:
-            rows = rows.view(-1, 2, heads // 2, *shape[1:]).transpose(1, 2).reshape(rows.shape)
+        if head > 1:
+            rows = rows.view(-1, 2, head // 2, *shape[1:]).transpose(1, 2).reshape(rows.shape)
         if kind.name == "BF16":
             yield rows.bfloat16().view(torch.int16).numpy()
             continue
@@ -357,7 +358,10 @@ def rope_factors(config):
 @contextlib.contextmanager
 def whole_file(file: Path, size: int):
     """A file that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise BadInput(f"--output_file={file}: {file.parent} cannot be made ({problem.strerror}): give another") from None
     if (free := shutil.disk_usage(file.parent).free) < size:
         raise BadInput(f"--output_file={file}: {free / 1e9:.1f} GB are free, {size / 1e9:.1f} GB are to be written: free some space, or take a smaller --type")
     unfinished = file.with_name(f".{file.name}.unfinished")  # a fixed name: the next run writes over what a killed one left

@@ -283,7 +283,7 @@ def drop_weight(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil, flags, message", [
-    (partial(change_config, model_type="bloom"), {}, "is a model of the kind bloom"),
+    (partial(change_config, model_type="bloom"), {}, "is a model of the kind bloom, which is not known here"),
     (partial(change_config, quantization_config={"bits": 4}), {}, "is quantized: give the 16-bit model"),
     (make_adapter, {}, "python merge_lora.py --model_name_or_path my/base --lora_path"),
     (break_nothing, {"output_file": "there.gguf"}, "there.gguf exists"),
