@@ -383,10 +383,10 @@ def write_gguf(file: Path, base: "Weights", config, vocabulary: dict, plan: list
     import numpy
     from tqdm import tqdm
 
-    writer, ftype = gguf.GGUFWriter(None, ARCHITECTURES[config.model_type]), {"f16": "F16", "bf16": "BF16"}.get(type, type.upper())
+    writer = gguf.GGUFWriter(None, ARCHITECTURES[config.model_type])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(base.folder.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{ftype}"])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_architecture(writer, config)
     add_vocabulary(writer, vocabulary)
