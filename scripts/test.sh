@@ -8,5 +8,8 @@ if ! command -v chromium chromium-browser google-chrome > /dev/null; then  # the
   { $SUDO apt-get -qq update && DEBIAN_FRONTEND=noninteractive $SUDO apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
     || echo "chromium could not be installed, tests of the page will fail: apt-get install -y chromium" >&2
 fi
+# llama.cpp is compiled for many minutes, so its tests run where pip has kept it from another time: pip install llama-cpp-python==0.3.36, anywhere
+wheel=$(python -m pip cache list llama_cpp_python --format abspath 2> /dev/null | grep -m 1 -- '-0\.3\.36-') \
+  && python -m pip install --quiet --disable-pip-version-check "$wheel" || echo "llama.cpp is not at hand: what it does with exported files is not tested" >&2
 export OMP_WAIT_POLICY=passive
 exec python -m pytest -q tests "$@"

@@ -22,7 +22,8 @@ MEANT_OTHERWISE = {("quantize_gptq.py", "bits"),  # of what it writes, not of wh
                    ("train_ppo.py", "max_length"),  # of prompts and their answers, which are not cut either
                    ("score_records.py", "data_path"), ("score_records.py", "output_file"),  # not to train on; not answers alone
                    ("evaluate.py", "template"),  # none is a choice there
-                   ("clean_corpus.py", "data_path")}  # not trained on yet, and always a file or a folder
+                   ("clean_corpus.py", "data_path"),  # not trained on yet, and always a file or a folder
+                   ("export_gguf.py", "output_file")}  # a model, not answers
 
 
 def main_of(script):
@@ -55,7 +56,7 @@ def test_a_flag_means_and_stands_the_same_in_every_script(a, b):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_headings_come_in_order(script):
     headings = re.findall(r"^    # ---- (\w+) ----$", SOURCES[script], re.M)
-    assert headings[0] == "load" and headings == [h for h in ("load", "prepare", "train", "answer", "look", "apply", "merge", "quantize", "extend", "estimate", "score", "measure", "clean", "save") if h in headings]
+    assert headings[0] == "load" and headings == [h for h in ("load", "prepare", "train", "answer", "look", "apply", "merge", "quantize", "extend", "estimate", "score", "measure", "clean", "export", "save") if h in headings]
 
 
 def test_two_functions_of_one_name_have_one_body():
