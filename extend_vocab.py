@@ -22,6 +22,7 @@ import fcntl
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -477,6 +478,9 @@ def bias_direction(folder: Path, tokenizer, runs: Counter, seed: int, allow_pick
     import torch
     from transformers import AutoModelForCausalLM
 
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is asked for here
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone: as in write_shards; else the layers' memory would add up
+        ctypes.CDLL(None).mallopt(-3, 2**20)
     with tempfile.TemporaryDirectory() as copied:  # stays empty but for pickles, which cannot be read tensor by tensor
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied,
                                                      use_safetensors=None if allow_pickle else True).eval()
