@@ -136,15 +136,14 @@ def main(
     rows = -(-max(vocabulary.next_id, old_rows) // pad_to_multiple_of) * pad_to_multiple_of
     config = json.loads((folder / "config.json").read_text("utf-8")) | {"vocab_size": rows}
     grown = {name: partial(longer_table, rows=rows, kept=old_tokens, was=[] if init == "mean" else was) for name in tables}  # {name: what makes it longer}
-    sources = {name: name for name in base.tensors}  # {name: the tensor of the base that it is made from}
+    sources = {name: name for name in base.tensors}  # {name: the tensor that it is made from}
     if init == "share":
         direction, head = bias_direction(folder, tokenizer, runs, seed, allow_pickle)
-        head = next((name for name in tables if name.endswith(HEADS)), head)
-        shares = log_shares(vocabulary, extended, was, runs)
-        grown[head], sources[head] = partial(head_by_shares, rows=rows, kept=old_tokens, shares=shares, direction=direction), head if head in tables else tables[0]
-        if config.get("tie_word_embeddings", head not in tables):
-            config["tie_word_embeddings"], parameters = False, rows * len(direction)
-            print(f"the head is no longer the embedding (tie_word_embeddings is false): {parameters / 1e6:.1f} million weights more", file=sys.stderr)
+        head, config["tie_word_embeddings"] = next((name for name in tables if name.endswith(HEADS)), head), False
+        if head not in tables:
+            print(f"the head was the embedding, and is a table of its own now: {rows * len(direction) / 1e6:.1f} million weights more", file=sys.stderr)
+        sources[head] = head if head in tables else tables[0]
+        grown[head] = partial(head_by_shares, rows=rows, kept=old_tokens, shares=log_shares(vocabulary, extended, was, runs), direction=direction)
     if "<pad>" in vocabulary.vocab and tokenizer.pad_token is None:
         tokenizer.pad_token, config["pad_token_id"] = "<pad>", vocabulary.vocab["<pad>"]
     size = sum(base.tensors[source].nbytes * (rows if name in grown else old_rows) // old_rows for name, source in sources.items())
