@@ -457,7 +457,7 @@ def read_records(path: str, *, skip_bad_records: bool = False, unescape_newlines
 
 
 def numbered_records(path: str, skip_bad_records: bool = False, unescape_newlines: bool = False, notes: Counter | None = None,
-                     document_separator: str | None = None):
+                     document_separator: str | None = None, preference: bool = False):
     """Yield (number of the record in the file, from 0; {"messages": [{"role", "content"}, ...]}).
 
     The schema is told from the keys of each record (sample/README.md shows them all). The user turn of an alpaca record
@@ -465,11 +465,14 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
 
     Bad records are dropped, with a word on how many and why, or BadInput names the first. `notes` counts what is odd but can
     be trained on (joined turns, empty answers, unknown columns, ...). A document_separator, line or blank_line (what parts
-    them in a .txt file), says that these are documents for pretraining.
+    them in a .txt file), says that these are documents for pretraining; with `preference` they are those of preference_record.
     """
     notes, bad, number = Counter() if notes is None else notes, [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
         try:
+            if preference:
+                yield number, preference_record(row, unescape_newlines, notes)
+                continue
             turns = (document_turns if document_separator else row_turns)(row, notes)
             messages = clean_messages(turns, unescape_newlines, notes)
             while messages and messages[-1]["role"] != "assistant":
@@ -610,6 +613,34 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
         raise BadInput(f"no known schema: it has the keys {', '.join(map(str, row))}")
     notes.update(f"unknown column {key!r} (not used)" for key in row.keys() - {"system", *known})
     return turns
+
+
+def preference_record(row: dict, unescape_newlines: bool, notes: Counter) -> dict:
+    """{"messages": up to the question, "chosen": the better answer, "rejected": the worse} of a row of any preference format."""
+    if not isinstance(row, dict):
+        raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
+    names, answers = [("chosen", "rejected"), ("response_chosen", "response_rejected")]["response_chosen" in row], {}
+    asked = {key: value for key, value in row.items() if key not in names}
+    for name, answer in zip(("chosen", "rejected"), names):
+        text = row.get(answer)
+        if isinstance(text, list) and text and isinstance(text[-1], dict):  # turns: the last one, or the whole dialogue
+            if text[:-1] and asked.setdefault("messages", text[:-1]) != text[:-1]:
+                raise BadInput("chosen and rejected answer different questions: all turns but the last must be the same")
+            text = text[-1]
+        if isinstance(text, dict):  # one turn, of sharegpt or OpenAI
+            text = text.get("value", text.get("content"))
+        if text is None:
+            raise BadInput(f"no preference: it needs a question and the answers {' and '.join(map(repr, names))} (it has {', '.join(map(str, row))})")
+        answers[name] = clean_text(text, "assistant", unescape_newlines, notes)
+        notes["empty answer"] += not answers[name].strip()
+    if answers["chosen"] == answers["rejected"]:
+        raise BadInput("chosen and rejected are the same text: nothing can be learned from them")
+    for name in {"question", "prompt"} & asked.keys():  # MedicalGPT, trl
+        asked.setdefault("messages" if isinstance(asked[name], list) else "instruction", asked.pop(name))
+    messages = clean_messages(row_turns(asked, notes), unescape_newlines, notes)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise BadInput("its question does not end with a user's turn, so chosen and rejected answer nothing")
+    return {"messages": messages} | answers
 
 
 def clean_messages(turns: list[tuple], unescape_newlines: bool, notes: Counter) -> list[dict]:

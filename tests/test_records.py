@@ -57,7 +57,7 @@ def test_every_sample_is_read_without_a_complaint(path):
     if path.suffix != ".md":
         notes = Counter()
         documents = "line" if path.stem in ("corpus", "completion") else None
-        assert len(list(numbered_records(str(path), notes=notes, document_separator=documents))) >= (4 if documents else 10)
+        assert len(list(numbered_records(str(path), notes=notes, document_separator=documents, preference=path.stem == "preference"))) >= (4 if documents else 10)
         assert not +notes
 
 
@@ -148,3 +148,30 @@ def test_real_chinese_is_never_taken_for_mojibake():
     for _ in range(20000):
         clean_text("".join(generator.choices(common, k=generator.randint(6, 20))), "user", False, Counter())
     clean_text("café naïve Müller Ænima ½ €", "user", False, Counter())
+
+
+def test_every_format_of_preferences_gives_one_shape(tmp_path):
+    """LLaMA-Factory's pairs as text or turn, MedicalGPT's, trl's prompt, whole dialogues."""
+    record = {"messages": [{"role": "user", "content": "问"}], "chosen": "好", "rejected": "坏"}
+    turn = lambda text: {"from": "gpt", "value": text}
+    dialogue = lambda text: [{"role": "user", "content": "问"}, {"role": "assistant", "content": text}]
+    rows = [{"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"}, {"conversations": [{"from": "human", "value": "问"}], "chosen": turn("好"), "rejected": turn("坏")},
+            {"question": "问", "response_chosen": "好", "response_rejected": "坏"}, {"prompt": "问", "chosen": "好", "rejected": "坏"},
+            {"chosen": dialogue("好"), "rejected": dialogue("坏")}, {"prompt": "问", "chosen": dialogue("好"), "rejected": dialogue("坏")},
+            {"prompt": dialogue("")[:1], "chosen": dialogue("好")[1:], "rejected": dialogue("坏")[1:]}]
+    for row in rows:
+        (tmp_path / "pair.jsonl").write_text(json.dumps(row), "utf-8")
+        assert list(numbered_records(str(tmp_path / "pair.jsonl"), preference=True)) == [(0, record)], row
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"instruction": "问", "chosen": "好"}, "'rejected'"),
+    ({"instruction": "问", "chosen": "好", "rejected": "好"}, "same text"),
+    ({"conversations": [{"from": "gpt", "value": "问"}], "chosen": "好", "rejected": "坏"}, "user's turn"),
+    ({"chosen": [{"role": "user", "content": "一"}, {"role": "assistant", "content": "好"}], "rejected": [{"role": "user", "content": "二"}, {"role": "assistant", "content": "坏"}]}, "different questions"),
+    ({"instruction": "问", "chosen": ["好"], "rejected": "坏"}, "a string"),
+])
+def test_a_preference_without_two_answers_to_one_question_is_refused(tmp_path, row, said):
+    (tmp_path / "pair.jsonl").write_text(json.dumps(row), "utf-8")
+    with pytest.raises(BadInput, match=said):
+        list(numbered_records(str(tmp_path / "pair.jsonl"), preference=True))
