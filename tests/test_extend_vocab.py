@@ -321,6 +321,100 @@ def test_padding_rows_never_win_even_where_all_logits_are_negative(bases, tmp_pa
     assert logits.max() < 0 and (logits.argmax(-1) < 2000).all() and logits.shape[-1] > 2000
 
 
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory, bases) -> dict[str, Path]:
+    """The bases with a number in their states that hardly changes, as trained models have one: random ones do not."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("steady")
+    for kind, base in bases.items():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 0] = 4
+        shutil.copytree(base, folder / kind, ignore=shutil.ignore_patterns("*.safetensors*"))
+        model.save_pretrained(folder / kind, max_shard_size="100KB")
+    return {kind: folder / kind for kind in bases}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, steady, text_file) -> dict[str, Path]:
+    """As results, with --init share and without control tokens."""
+    folder = tmp_path_factory.mktemp("shared")
+    for kind, base in steady.items():
+        extend_vocab.main(model_name_or_path=str(base), corpus_path=str(text_file), output_dir=str(folder / kind), init="share", **RUN)
+    return {kind: folder / kind for kind in steady}
+
+
+def beginnings(before, after, pieces) -> dict[int, int]:
+    """{id of a new piece: the first of its old tokens that holds a part of a Chinese character}"""
+    old = {after.convert_tokens_to_ids(piece): [token.id for token in before.backend_tokenizer.model.tokenize(piece)] for piece in pieces}
+    chinese = lambda i: before.convert_ids_to_tokens(i).startswith("<0x") or not before.decode([i]).strip().isascii()
+    return {new: next(i for i in was if chinese(i)) for new, was in old.items()}
+
+
+def test_the_pieces_of_a_first_token_share_its_probability_on_chinese(steady, shared, text_file, kind):
+    """What begins with an old token has, all together, that token's logit; each piece by how often it stands in the corpus."""
+    from transformers import AutoModelForCausalLM
+
+    before, after = load(steady[kind]), load(shared[kind])
+    count = len(before)
+    first = beginnings(before, after, after.convert_ids_to_tokens(range(count, count + 1200)))
+    groups = {token: [token, *(piece for piece, begins in first.items() if begins == token)] for token in set(first.values())}
+    lines = text_file.read_text("utf-8").split("\n")[:40]
+    old, new = AutoModelForCausalLM.from_pretrained(steady[kind]).float(), AutoModelForCausalLM.from_pretrained(shared[kind]).float()
+    text = before("\n".join(lines), return_tensors="pt").input_ids[:, :400]
+    with torch.no_grad():
+        hidden = old.model(text)[0][0, 50:]
+        was, now = (model.lm_head(hidden).log_softmax(-1) for model in (old, new))
+    largest = sorted(groups, key=lambda token: -len(groups[token]))[:5]
+    for token in largest:
+        change = now[:, groups[token]].logsumexp(-1) - was[:, token]
+        assert change.mean().abs() < 0.15 and change.std() < 0.4, change
+    seen = [i for line in lines for i in ids(after, [line])[0]]
+    token = largest[0]
+    rare, often = (pick(groups[token][1:], key=seen.count) for pick in (min, max))
+    assert seen.count(often) > 5 and (now[:, often] - now[:, rare]).mean() > 1
+
+
+def test_no_other_row_is_changed_by_shares_and_new_rows_of_the_embedding_are_means(steady, shared, kind):
+    before, after = load(steady[kind]), load(shared[kind])
+    old, new, table, head = weights(steady[kind]), weights(shared[kind]), "model.embed_tokens.weight", "lm_head.weight"
+    pieces, count = after.convert_ids_to_tokens(range(len(before), len(before) + 1200)), len(before)
+    first = set(beginnings(before, after, pieces).values())
+    changed = (new[head][:count] != old[head if kind == "sentencepiece" else table]).any(1)
+    assert {i for i in range(count) if changed[i]} == first and len(first) < 100
+    assert torch.equal(new[table][:count], old[table]) and all(torch.equal(new[name], old[name]) for name in old if name not in (head, table))
+    was = [token.id for token in before.backend_tokenizer.model.tokenize(pieces[-1])]
+    torch.testing.assert_close(new[table][count + 1199].float(), old[table][was].float().mean(0), atol=2e-3, rtol=1e-2)
+
+
+def test_a_tied_head_gets_rows_of_its_own_and_that_is_said(bases, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    extend_vocab.main(model_name_or_path=str(bases["bytelevel"]), corpus_path=str(ROOT / "sample"),
+                      output_dir=str(tmp_path / "out"), init="share", num_pieces=300)
+    assert "the head was the embedding, and is a table of its own now" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["mismatched_keys"] and not loaded["unexpected_keys"]
+    assert torch.equal(model.lm_head.weight, weights(tmp_path / "out")["lm_head.weight"]) and not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_a_blank_before_chinese_keeps_its_probability(bases):
+    """It begins a new piece, and every word of English: the piece takes its share from the first Chinese token."""
+    from collections import Counter
+
+    before = load(bases["sentencepiece"])
+    vocabulary = extend_vocab.Vocabulary(before.backend_tokenizer)
+    vocabulary.add(["好", "坏", " 好"], 9)
+    was = [[token.id for token in vocabulary.base.model.tokenize(piece)] for piece in vocabulary.new]
+    shares = extend_vocab.log_shares(vocabulary, vocabulary.tokenizer(), was, Counter({" 好": 3, "坏好": 4}))
+    blank, byte = before.convert_tokens_to_ids(["▁", "<0xE5>"])
+    assert was[vocabulary.new.index("▁好")][0] == blank and blank not in shares
+    found = {piece: round(2.718281828 ** shares[vocabulary.vocab[piece]][1] * 13, 3) for piece in ("好", "坏", "▁好", "<0xE5>")}
+    assert found == {"好": 4.5, "坏": 4.5, "▁好": 3.5, "<0xE5>": 0.5} and {begins for begins, _ in shares.values()} == {byte}
+
+
 def test_a_pickled_base_is_converted_when_allowed(bases, tmp_path, extend):
     base = tmp_path / "base"
     shutil.copytree(bases["bytelevel"], base, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -373,7 +467,7 @@ def test_bad_text_is_refused_by_file_and_line(extend, tmp_path, flag, name, data
 @pytest.mark.parametrize("flags, reason", [
     ({"corpus_path": "nowhere.txt"}, "nowhere.txt does not exist"), ({"eval_path": "nowhere.txt"}, "nowhere.txt does not exist"), ({"corpus_path": None}, "give --corpus_path"),
     ({"pieces": "nowhere.model"}, "--pieces=nowhere.model does not exist"), ({"model_name_or_path": "nowhere"}, "nowhere does not exist"),
-    ({"num_pieces": 0}, "must be above zero"), ({"character_coverage": 0.5}, "between 0.98 and 1"), ({"pad_to_multiple_of": 0}, "must be above zero"),
+    ({"corpus_path": None, "pieces": __file__, "init": "share"}, "counts the pieces in a text: add a --corpus_path"), ({"num_pieces": 0}, "must be above zero"), ({"character_coverage": 0.5}, "between 0.98 and 1"), ({"pad_to_multiple_of": 0}, "must be above zero"),
 ], ids=str)
 def test_bad_flags_are_refused_in_one_line(extend, tmp_path, flags, reason):
     with pytest.raises(BadInput, match=reason) as refusal:
