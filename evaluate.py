@@ -991,13 +991,15 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    config, cuda = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code), torch.cuda.is_available()
+    config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
+    cuda, cpu = torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability()
     gptq = getattr(config, "quantization_config", None) or {}
     gptq = gptq if gptq.get("quant_method") == "gptq" else None
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else cpu == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     if precision == "auto":  # where bf16 is only emulated, fp16 is faster
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if precision != "fp32" and not cuda:
-        raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+        precision = "fp32" if not cuda else "bf16" if has_bf16 else "fp16"
+    if not cuda and (precision == "fp16" or precision == "bf16" and not has_bf16):
+        raise BadInput(f"--precision={precision} needs a GPU{', or a CPU with AVX512-BF16' * (precision == 'bf16')}: leave it at auto")
     if gptq and bits < 16:
         raise BadInput(f"--bits={bits}: {model_name_or_path} is quantized already, to {gptq['bits']} bits by GPTQ: leave --bits at 16")
     dtype, kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision], AutoModelForCausalLM
@@ -1020,7 +1022,7 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     return model
 
 
-def load(auto_class, name: str, **arguments):
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
@@ -1028,7 +1030,7 @@ def load(auto_class, name: str, **arguments):
         raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
     if arguments.get("output_loading_info"):
         loaded, found = loaded
-        if missing := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
             raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
     return loaded
 

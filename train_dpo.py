@@ -519,11 +519,11 @@ def make_arguments(settings: dict, precision: str):
     import torch
     from transformers import TrainingArguments
 
-    cuda = torch.cuda.is_available()
-    if not cuda and precision in ("bf16", "fp16"):
-        raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
-    if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    cuda, cpu = torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability()
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else cpu == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    precision = precision if precision != "auto" else "fp32" if not cuda else "bf16" if has_bf16 else "fp16"
+    if not cuda and (precision == "fp16" or precision == "bf16" and not has_bf16):
+        raise BadInput(f"--precision={precision} needs a GPU{', or a CPU with AVX512-BF16' * (precision == 'bf16')}: leave it at auto")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else deepspeed warns that it found no other
     if not cuda and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():  # accelerate would leave the timeout out on CPUs
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=settings.get("ddp_timeout", 1800)))

