@@ -127,7 +127,7 @@ def test_whole_shots_are_dropped_where_the_context_is_too_short_and_the_question
         asked, kept, cut = evaluate.fitted_rows(chat, dict(plain=True, context=context), question)
         text = chat.tokenizer.decode(asked[0][0], skip_special_tokens=True)
         assert (kept, cut) == (shots, False) and text.startswith("HEAD") and text.endswith("最后的问题？ A") and text.count("shot") == shots
-        assert len(asked[0][0]) - 1 <= context and asked[0][0][0] == 0
+        assert len(asked[0][0]) - 1 <= context and asked[0][0][0] == 0 and ("shot 4?" in text) == (shots > 0)  # the first go first
     asked, kept, cut = evaluate.fitted_rows(chat, dict(plain=True, context=12), question)
     assert (kept, cut) == (0, True) and len(asked[0][0]) == 13 and asked[0][0][0] == 0
 
