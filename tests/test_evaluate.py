@@ -185,6 +185,15 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(sets, models, tmp_path):
         measure(models["bos"], tmp_path / "whole", **flags | dict(max_new_tokens=6))
 
 
+def test_a_chunk_that_was_cut_off_is_measured_again_as_a_whole(tmp_path):
+    """So that each batch holds the same questions as in a run that was not killed."""
+    (tmp_path / "run.json").write_text("{}")
+    groups = [[None] * 2, [None] * 6, [None] * 1]
+    for lines, kept in ((0, 0), (1, 0), (2, 2), (5, 2), (6, 6), (7, 6), (8, 8), (9, 9)):
+        (tmp_path / "samples.jsonl").write_text("{}\n" * lines + '{"cut')
+        assert len(evaluate.lines_so_far(str(tmp_path), {}, groups, 4)) == kept
+
+
 # ---- results ----
 def test_choices_are_scored_by_character_and_by_byte_under_their_own_names():
     question = dict(task="arc", subject=None, id=0, choices=["草", "abc", "a"], answer=0)
