@@ -798,9 +798,9 @@ def compare_runs(compare: str, output_dir: str) -> None:
     changes = {task: change for task, change in changes.items() if change}
     if not changes:
         raise BadInput(f"--compare={compare}: the two have no question in common: measure both with the same --tasks, --data_dir and --eval_path")
-    allowed, least = 0.0, len(changes)
+    allowed, left = 0.0, len(changes)
     for change in sorted(changes.values(), key=lambda change: change["p"]):  # Holm: of several tasks one is soon beyond its error by chance
-        allowed, least = max(allowed, min(1.0, change["p"] * least)), least - 1
+        allowed, left = max(allowed, min(1.0, change["p"] * left)), left - 1
         better = (change["difference"] > 0) != change["lower_is_better"]
         change |= {"p_holm": allowed, "verdict": ("better" if better else "worse") if allowed < 0.05 else "open"}
     draw(Path(output_dir, "report.png"), runs, [name if name.isascii() else word for name, word in zip(names, ("before", "after"))], changes)

@@ -127,7 +127,7 @@ def test_whole_shots_are_dropped_where_the_context_is_too_short_and_the_question
         asked, kept, cut = evaluate.fitted_rows(chat, dict(plain=True, context=context), question)
         text = chat.tokenizer.decode(asked[0][0], skip_special_tokens=True)
         assert (kept, cut) == (shots, False) and text.startswith("HEAD") and text.endswith("最后的问题？ A") and text.count("shot") == shots
-        assert len(asked[0][0]) - 1 <= context and asked[0][0][0] == 0
+        assert len(asked[0][0]) - 1 <= context and asked[0][0][0] == 0 and ("shot 4?" in text) == (shots > 0)  # the first go first
     asked, kept, cut = evaluate.fitted_rows(chat, dict(plain=True, context=12), question)
     assert (kept, cut) == (0, True) and len(asked[0][0]) == 13 and asked[0][0][0] == 0
 
@@ -183,6 +183,15 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(sets, models, tmp_path):
         assert (tmp_path / "killed" / "samples.jsonl").read_bytes() == whole
     with pytest.raises(BadInput, match="was begun with max_new_tokens = 5, now it is 6"):
         measure(models["bos"], tmp_path / "whole", **flags | dict(max_new_tokens=6))
+
+
+def test_a_chunk_that_was_cut_off_is_measured_again_as_a_whole(tmp_path):
+    """So that each batch holds the same questions as in a run that was not killed."""
+    (tmp_path / "run.json").write_text("{}")
+    groups = [[None] * 2, [None] * 6, [None] * 1]
+    for lines, kept in ((0, 0), (1, 0), (2, 2), (5, 2), (6, 6), (7, 6), (8, 8), (9, 9)):
+        (tmp_path / "samples.jsonl").write_text("{}\n" * lines + '{"cut')
+        assert len(evaluate.lines_so_far(str(tmp_path), {}, groups, 4)) == kept
 
 
 # ---- results ----
