@@ -11,6 +11,8 @@ Judged one by one, by all cores: rules, words, test questions. Then together: of
 their five-unit shingles (a unit is a Han character, a run of letters and digits, or a sign of arithmetic), the longest stays. Candidates
 come from MinHash (14 bands of 8 rows), and each is compared as a whole with texts that stay: there are no chains.
 `measure`, `verdict` and `signature` need nothing but a record or a text, so other engines can map them (tests/test_clean_corpus.py).
+
+Files are read a block at a time, a JSON array or a CSV record as a whole; besides the blocks under way some 90 bytes a record are in memory.
 """
 import contextlib
 import ctypes
