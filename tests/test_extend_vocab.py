@@ -475,6 +475,18 @@ def test_bad_flags_are_refused_in_one_line(extend, tmp_path, flags, reason):
     assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
 
 
+def test_shares_need_chinese_to_count_and_a_head_without_caps(bases, extend, tmp_path):
+    listed = write(tmp_path, "pieces.txt", "羊驼\n".encode())
+    with pytest.raises(BadInput, match="holds 1 runs of Chinese"):
+        extend(init="share", pieces=listed, corpus_path=write(tmp_path, "short.txt", "很短的一段文字。\n".encode()))
+    base = tmp_path / "base"
+    shutil.copytree(bases["bytelevel"], base)
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"logit_scale": 0.5}))
+    with pytest.raises(BadInput, match="does not know heads with logit_scale"):
+        extend(init="share", pieces=listed, model_name_or_path=str(base))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_that_is_not_whole_is_refused(bases, tmp_path, extend):
     from safetensors.torch import save_file
 
