@@ -120,7 +120,7 @@ def main(
     tables, old_rows = find_tables(base, old_tokens)
     texts, runs = read_corpus(corpus_path, max_corpus_mb, seed) if corpus_path else ({}, Counter())
     if init == "share" and len(runs) < 64:
-        raise BadInput(f"{corpus_path} holds {len(runs)} runs of Chinese, --init=share needs 64 to know the base by: give more text, or take --init mean_of_pieces")
+        raise BadInput(f"{corpus_path} holds {len(runs)} runs of Chinese, --init=share needs 64 or more: give more text, or take --init mean_of_pieces")
     texts = read_corpus(eval_path, max_corpus_mb, seed, held_out=1)[0] if eval_path else texts
 
     # ---- extend ----
