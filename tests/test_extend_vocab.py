@@ -139,7 +139,7 @@ def test_auto_llama_and_sentencepiece_give_the_same_ids(results, corpus):
 
     folder = results["sentencepiece"]
     auto, llama, model = load(folder), LlamaTokenizer.from_pretrained(folder), sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
-    lines = [line.strip() for line in corpus + ENGLISH + AWKWARD if "s>" not in line and "▁" not in line]
+    lines = [line.strip() for line in corpus + ENGLISH + AWKWARD if "s>" not in line and "|>" not in line and "▁" not in line]
     assert ids(auto, lines) == ids(llama, lines) == model.encode(lines)
     assert auto("你好").input_ids == llama("你好").input_ids == [auto.bos_token_id] + model.encode("你好")
     assert len(model) == len(auto) == len(llama) and model.is_control(auto.convert_tokens_to_ids("<pad>"))
