@@ -119,6 +119,8 @@ def main(
     old_tokens, model_file = vocabulary.next_id, folder / "tokenizer.model"
     tables, old_rows = find_tables(base, old_tokens)
     texts, runs = read_corpus(corpus_path, max_corpus_mb, seed) if corpus_path else ({}, Counter())
+    if init == "share" and len(runs) < 64:
+        raise BadInput(f"{corpus_path} holds {len(runs)} runs of Chinese, --init=share needs 64 or more: give more text, or take --init mean_of_pieces")
     texts = read_corpus(eval_path, max_corpus_mb, seed, held_out=1)[0] if eval_path else texts
 
     # ---- extend ----
@@ -488,16 +490,18 @@ def bias_direction(folder: Path, tokenizer, runs: Counter, seed: int, allow_pick
     with contextlib.suppress(AttributeError, OSError):  # glibc alone: as in write_shards; else the layers' memory would add up
         ctypes.CDLL(None).mallopt(-3, 2**20)
     with tempfile.TemporaryDirectory() as copied:  # stays empty but for pickles, which cannot be read tensor by tensor
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied,
-                                                     use_safetensors=None if allow_pickle else True).eval()
+        model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "disk"}, offload_folder=copied,
+                                                             use_safetensors=None if allow_pickle else True, output_loading_info=True)
+        if missing := sorted(loaded["missing_keys"]):
+            raise BadInput(f"{folder} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise BadInput(f"--init=share does not know heads with {name}, as {folder} has one: take --init mean_of_pieces")
         drawn = random.Random(seed).sample(sorted(runs), min(len(runs), 8 * 512))
-        texts = [tokenizer("\n".join(drawn[i::8])).input_ids[:512] for i in range(8)]
+        texts = [tokenizer("\n".join(drawn[i::8]), truncation=True, max_length=512).input_ids for i in range(8)]
         ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, texts)), batch_first=True)  # (8, T)
         with torch.inference_mode():
-            hidden = model.base_model(input_ids=ids, use_cache=False)[0].double()  # (8, T, D)
+            hidden = model.eval().base_model(input_ids=ids, use_cache=False)[0].double()  # (8, T, D)
         head = next(f"{name}.weight" for name, module in model.named_modules() if module is model.get_output_embeddings())
     hidden = [states[1:len(text)] for states, text in zip(hidden, texts)]  # the first token of a text has a state unlike all others
 
