@@ -39,7 +39,8 @@ echo "1. vocabulary" >&2
 [[ -f $OUT/vocabulary/config.json ]] || python extend_vocab.py --model_name_or_path "$MODEL_PATH" --corpus_path "$CORPUS" \
   --num_pieces "$PIECES" --init share --output_dir "$OUT/vocabulary"
 echo "2. embeddings" >&2
-PRETRAIN=(python pretrain_clm.py --data_path "$CORPUS" --eval_size 3 --max_length "$MAX_LENGTH" --gradient_accumulation_steps 1 --logging_steps 5)
+PRETRAIN=(python pretrain_clm.py --data_path "$CORPUS" --eval_size 3 --max_length "$MAX_LENGTH" --gradient_accumulation_steps 1 --logging_steps 5 \
+  --eval_on_start True)  # bits per character at the start, after the embeddings, after LoRA
 [[ -f $OUT/embeddings/config.json ]] || "${PRETRAIN[@]}" --model_name_or_path "$OUT/vocabulary" --train embeddings --max_steps "$EMBEDDING_STEPS" \
   --learning_rate 1e-3 --output_dir "$OUT/embeddings" --resume "$(again "$OUT/embeddings")"
 echo "3. LoRA pretraining" >&2
