@@ -597,8 +597,9 @@ def figures(answers: list[dict], num_generations: int, sums: Counter, args) -> d
     if "reward_model" in answers[0]:
         found["reward_model"] = totals.reward_model / totals.answers
     if "returns" in answers[0]:
-        variance = max(1e-8, totals.squares / totals.tokens - (totals.returns / totals.tokens) ** 2)
-        found |= {"value_loss": totals.value_loss / totals.learned, "explained_variance": 1 - totals.errors / totals.tokens / variance}
+        variance = totals.squares / totals.tokens - (totals.returns / totals.tokens) ** 2
+        explained = 1 - totals.errors / totals.tokens / variance if variance > 1e-6 else 0.0  # where all returns are one, there is nothing to explain
+        found |= {"value_loss": totals.value_loss / totals.learned, "explained_variance": explained}
     return found
 
 
