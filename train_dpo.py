@@ -217,7 +217,7 @@ def preference_forward(self, loss, num_items_in_batch=1, reference=None, without
     logps, tokens = answer_log_probs(self, **batch)  # (2P,), (2P,)
     losses, rewards = loss(logps, tokens, reference)
     if self.training and self.may_be_off:  # nothing has been learned yet: the loss must be ln 2, and every margin 0
-        off = float(((logps - reference).abs() / tokens).max()) if len(logps) else 0.0
+        off = float(((logps.detach() - reference).abs() / tokens).max()) if len(logps) else 0.0
         if not off <= self.may_be_off:
             raise RunStopped(f"in the first step the log-probabilities are {off:.3g} a token away from the reference's, so every margin would be wrong: is "
                              f"something random in the model's code? If the cache is at fault, remove {cache_folder() / 'reference'}")
@@ -337,7 +337,7 @@ def log_sums(trainer) -> None:
 
     class LogSums(TrainerCallback):
         def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs:
+            if "loss" in logs and model.sums:
                 totals = trainer.accelerator.reduce(torch.tensor([*model.sums.values()], dtype=torch.float64).to(args.device), "sum").tolist()
                 sums, model.sums = dict(zip(model.sums, totals)), {}
                 means = {name: total / sums["count"] for name, total in sums.items() if name != "count"}

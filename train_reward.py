@@ -255,7 +255,7 @@ def log_sums(trainer) -> None:
 
     class LogSums(TrainerCallback):
         def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs:
+            if "loss" in logs and model.sums:
                 totals = trainer.accelerator.reduce(torch.tensor([*model.sums.values()], dtype=torch.float64).to(args.device), "sum").tolist()
                 sums, model.sums = dict(zip(model.sums, totals)), {}
                 means = {name: total / sums["count"] for name, total in sums.items() if name != "count"}
