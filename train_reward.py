@@ -174,7 +174,7 @@ def main(
     # ---- save ----
     pairs = [(lengths[e], lengths[e + 1]) for e in (evaluate_on if len(evaluate_on) else train_on)[::2]]
     report["length_baseline"] = sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in pairs) / len(pairs)
-    if args.process_index == 0 and report.get("eval_accuracy", 1) <= report["length_baseline"]:
+    if args.process_index == 0 and report.get("eval_accuracy", math.inf) <= report["length_baseline"]:
         print(f"This reward model is right in {report['eval_accuracy']:.1%} of the held-out pairs, and taking the longer answer in "
               f"{report['length_baseline']:.1%}: it has learned nothing that would be of use", file=sys.stderr)
     save_result(trainer, report)

@@ -12,14 +12,14 @@ MODEL_PATH=${MODEL_PATH:-}                   # model to tune; empty: the small d
 DATA_PATH=${DATA_PATH:-sample/company.json}  # instructions for the SFT adapter
 PROMPTS=${PROMPTS:-sample/prompts.jsonl}     # what the model is asked, and what rules need to know of it
 PAIRS=${PAIRS:-}                             # people's preferences for the reward model; empty: pairs that the rules make of the candidates
-RULES=${RULES:-finished=1,repetition=1,chinese=1,length=0.5}  # of RULES_FILE
+RULES=${RULES:-finished=1,chinese=1,repetition=1,format=0.5,number=0.5}  # of RULES_FILE
 RULES_FILE=${RULES_FILE:-sample/rules.py}
-JUDGES=${JUDGES:-finished=0,chinese=0,repetition=0,length=0,number=0,format=0,banned_words=0}  # shown in the table, paid nothing for
+JUDGES=${JUDGES:-finished=0,chinese=0,repetition=0,format=0,number=0,length=0,banned_words=0}  # shown in the table; the last two are not paid for
 OUT=${OUT:-output/human_feedback}
 HELD_OUT=${HELD_OUT:-10}                     # prompts kept for the table
 CANDIDATES=${CANDIDATES:-6}                  # answers to each of the others
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48}
-SFT_EPOCHS=${SFT_EPOCHS:-2} EPOCHS=${EPOCHS:-3}  # EPOCHS: of HFFT, COHFT, DPO and the reward model
+SFT_EPOCHS=${SFT_EPOCHS:-1} EPOCHS=${EPOCHS:-3}  # EPOCHS: of HFFT, COHFT, DPO and the reward model
 PPO_STEPS=${PPO_STEPS:-12}                   # updates, of 4 prompts with 8 answers each
 # -----------------
 source scripts/install.sh requirements.txt

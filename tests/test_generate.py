@@ -331,6 +331,8 @@ def test_several_answers_to_a_prompt_are_sampled_apart_say_which_were_cut_and_go
         (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
         answer(tmp_path / "cut.jsonl")
         assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    answer(tmp_path / "sure.jsonl", num_return_sequences=2, max_new_tokens=40, temperature=0.01)
+    assert [json.loads(line)["answers"] for line in (tmp_path / "sure.jsonl").read_text().splitlines()][:2] == [["我是小驼🐪，你好龘！"] * 2, ["再见！"] * 2]
     for most, ended in ((40, True), (2, False)):
         answer(tmp_path / f"{most}.jsonl", num_return_sequences=1, max_new_tokens=most, temperature=0)
         first = json.loads((tmp_path / f"{most}.jsonl").read_text().splitlines()[0])

@@ -309,7 +309,7 @@ def test_a_bad_record_is_named_and_dropped_on_request(tmp_path, row, reason, cap
 
 
 def test_what_the_model_cannot_read_is_dropped_and_said(tmp_path, model_folder, capsys):
-    rows = scored(tmp_path, {"instruction": "问", "output": "长" * 3000}, {"instruction": "问", "output": "短"}, by="loss", model_name_or_path=str(model_folder), template="ziya")
+    rows = scored(tmp_path, {"instruction": "问", "output": "长" * 3000}, {"instruction": "问", "output": "短"}, by="ifd", model_name_or_path=str(model_folder), template="ziya")
     assert [row["output"] for row in rows] == ["短"] and "dropped 1 records that are empty or longer than the model's context, " in capsys.readouterr().err
 
 
