@@ -338,12 +338,13 @@ def test_bad_input_is_named(ppo, folder, files, tmp_path, flags, said):
 # ---- several ranks ----
 def test_two_ranks_sample_apart_and_stay_one_model_and_go_on_bit_for_bit(folder, files, tmp_path):
     """One launch, since torch takes seconds to import: a whole run, one that is cut, and its resume, on both ranks."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "你好"}))  # for both: only chance can tell their answers apart
     (tmp_path / "driver.py").write_text(f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_ppo
 
-flags = dict(model_name_or_path={str(folder)!r}, data_path={files[0]!r}, rules={files[1]!r} + ":finished=1,short=1", max_steps=4, save_steps=2, rollout_batch_size=4,
+flags = dict(model_name_or_path={str(folder)!r}, data_path={str(tmp_path / 'one.jsonl')!r}, rules={files[1]!r} + ":finished=1,short=1", max_steps=4, save_steps=2, rollout_batch_size=4,
              num_generations=3, max_new_tokens=8, max_length=256, learning_rate=1e-3, gradient_checkpointing=False)
 figures, change, seen = train_ppo.figures, train_ppo.change, []
 
