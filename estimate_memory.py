@@ -8,8 +8,8 @@ Writes  a table of what takes how much, which cards hold it, and on request the 
     python estimate_memory.py                                                                  # usual sizes and ways on usual cards
 
 The flags are those of the training script, and so are their defaults: a wrapper hands over the command line of its run, with --verdict. GB are
-10^9 bytes. Every block is taken for full and every position for supervised, so that a run can need less. The arithmetic follows what the block
-"training" of the scripts allocates: documents packed without a mask, a head in chunks, one input per layer under gradient checkpointing.
+10^9 bytes. Every block is taken for full and every position for supervised, so that a run can need less. The arithmetic follows what the blocks
+of the training scripts allocate: documents packed without a mask, a head in chunks, one input per layer under gradient checkpointing.
 benchmarks/memory.py holds it against measured peaks: within 10 % on each row.
 """
 import ast

@@ -9,13 +9,13 @@ Writes  output_dir/, the adapter (or the model, for --train full). Next: generat
 With x a question, y_w and y_l the chosen and the rejected answer, log p a sum over an answer's tokens, m their mean, and h the
 difference of log p(y|x) - log p_reference(y|x) between y_w and y_l (h_m: of m), a pair has the loss
 
-| loss_type    | loss                                                | beta, if not given | from                    |
-|--------------|-----------------------------------------------------|--------------------|-------------------------|
-| sigmoid      | -log sigmoid(beta h)                                | 0.1                | DPO, arXiv:2305.18290   |
-| ipo          | (h_m - 1 / (2 beta))^2                              | 0.1                | IPO, arXiv:2310.12036   |
-| sigmoid_norm | -log sigmoid(beta h_m)                              | 5                  | Tulu 3, arXiv:2411.15124 |
-| simpo        | -log sigmoid(beta (m_w - m_l) - simpo_gamma)        | 2                  | SimPO, arXiv:2405.14734 |
-| orpo         | -m_w - beta log sigmoid(log odds_w - log odds_l)    | 0.1                | ORPO, arXiv:2403.07691  |
+| loss_type    | loss                                             | beta, if not given | from                     |
+|--------------|--------------------------------------------------|--------------------|--------------------------|
+| sigmoid      | -log sigmoid(beta h)                             | 0.1                | DPO, arXiv:2305.18290    |
+| ipo          | (h_m - 1 / (2 beta))^2                           | 0.1                | IPO, arXiv:2310.12036    |
+| sigmoid_norm | -log sigmoid(beta h_m)                           | 5                  | Tulu 3, arXiv:2411.15124 |
+| simpo        | -log sigmoid(beta (m_w - m_l) - simpo_gamma)     | 2                  | SimPO, arXiv:2405.14734  |
+| orpo         | -m_w - beta log sigmoid(log odds_w - log odds_l) | 0.1                | ORPO, arXiv:2403.07691   |
 
 The reference is the model that the run begins with: the adapter switched off, or, where all weights are trained, its cached log p.
 That log p(y_w) falls along with log p(y_l) is usual; sft_weight holds it up.
@@ -126,10 +126,9 @@ def main(
         raise BadInput(f"--bits={bits} needs --train lora: quantized weights cannot be trained themselves")
     if label_smoothing and (label_smoothing >= 0.5 or loss_type in ("ipo", "orpo")):
         raise BadInput(f"--label_smoothing={label_smoothing} must be below 0.5, and is for --loss_type sigmoid, sigmoid_norm and simpo")
-    settings = check_run(flags)
-    file = Path(model_name_or_path, "config.json")
-    if "Classification" in str(read_json(file).get("architectures") if file.is_file() else ""):
+    if (file := Path(model_name_or_path, "config.json")).is_file() and "Classification" in str(read_json(file).get("architectures")):
         raise BadInput(f"{model_name_or_path} is a reward model, which writes no answers: give the chat model that is to learn")
+    settings = check_run(flags)
 
     # ---- load ----
     import torch  # these imports take seconds: they wait until the flags are understood

@@ -96,7 +96,7 @@ def test_both_answers_of_a_pair_are_in_one_block():
 def test_plain_transformers_reads_the_rewards_of_training_alone_padded_and_packed(tune, model_folder, train):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    report = tune(train=train, eval_size=4)
+    report = tune(train=train, eval_path=DATA)
     model, tokenizer = load_reward(report["output_dir"], str(model_folder) if train == "lora" else None)
     chat = Chat(tokenizer, last_round_only=True)
     examples, _ = tokenize_records(DATA, chat, 256, preference=True)
@@ -105,6 +105,8 @@ def test_plain_transformers_reads_the_rewards_of_training_alone_padded_and_packe
     assert tokenizer.pad_token_id not in (*chat.stop_ids, tokenizer.eos_token_id)
     alone = rewards_of(model, rows, tokenizer)
     assert alone.std() > 0.1
+    for answers, name in ((alone[::2], "eval_reward_chosen"), (alone[1::2], "eval_reward_rejected")):  # as the run itself found, so the head was saved
+        assert abs(float(answers.mean()) - report[name]) < 1e-4
     for side in ("left", "right"):
         assert (rewards_of(model, rows, tokenizer, side) - alone).abs().max() < 1e-5
     unfinished = rewards_of(model, [ids[:-1] for ids in rows], tokenizer, "right")

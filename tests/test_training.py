@@ -10,7 +10,7 @@ import finetune_lora
 from finetune_lora import choose_attention, chunks, collate, head_loss, supervised_forward
 from utils import IGNORE_INDEX, BadInput, make_blocks
 
-# The block "training" is the same text in every script that has it (test_consistency.py): here it is finetune_lora.py's
+# The blocks "loading", "supervised", "logits" and "training" are the same text in every script that has them (test_consistency.py): here those of finetune_lora.py
 CONFIG = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
