@@ -378,3 +378,18 @@ json.dump(seen, open(os.path.join({str(tmp_path)!r}, "rank" + os.environ["RANK"]
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     finished = [sum(ids[-1] == 1 for rank in ranks for ids in rank[0]["answers"][i]) / 12 for i in range(4)]
     assert [json.loads(line)["finished"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()] == pytest.approx(finished)
+
+
+# ---- beyond one machine ----
+@pytest.mark.parametrize("kind, column", [("jsonl", "messages"), ("parquet", "prompt")], ids=["OpenRLHF", "verl"])
+def test_prompt_files_give_other_engines_the_ids_that_are_trained_on_here(folder, tmp_path, kind, column):
+    """Both loaders read them with datasets and render with the tokenizer's chat template."""
+    import datasets
+
+    import score_records
+
+    file, tokenizer = str(tmp_path / f"prompts.{kind}"), AutoTokenizer.from_pretrained(folder)
+    score_records.main(keep="prompts", data_path=str(ROOT / "sample" / "prompts.jsonl"), output_file=file)
+    rows = datasets.load_dataset(kind.replace("jsonl", "json"), data_files=file, cache_dir=str(tmp_path))["train"]
+    theirs = [tokenizer(tokenizer.apply_chat_template(row[column], tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids for row in rows]
+    assert [prompt["prompt"] for prompt in train_ppo.read_prompts(file, Chat(tokenizer), 2048, False)] == theirs
