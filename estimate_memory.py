@@ -25,7 +25,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from utils import BadInput, RunStopped, check_file, check_positive, cli
+from utils import BadInput, RunStopped, check_file, check_positive, cli, training_argument_kinds
 
 DS_CONFIGS = Path(__file__).with_name("ds_configs")
 STAGES = ("finetune_lora", "finetune", "finetune_multi_rounds", "pretrain_clm", "train_reward", "train_dpo", "train_ppo")
@@ -213,7 +213,10 @@ def fits(parts: dict[str, float]) -> str:
 def complete(stage: str, given: dict) -> dict:
     """The flags with the stage's defaults for those that are not given, on a GPU; BadInput for one that only other stages have."""
     parameters = inspect.signature(script_of(stage)).parameters
-    for name in given.keys() & inspect.signature(main).parameters.keys() - parameters.keys():
+    foreign = given.keys() & inspect.signature(main).parameters.keys() - parameters.keys()
+    if foreign and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # train_ppo.py names some that the others take as transformers' own
+        foreign -= training_argument_kinds().keys()
+    for name in foreign:
         others = [other for other in STAGES if name in inspect.signature(script_of(other)).parameters]
         raise BadInput(f"--{name} is not a flag of {stage}.py: leave it out, or take --stage {' or '.join(others)}")
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}

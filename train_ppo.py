@@ -162,6 +162,10 @@ def main(
     checkpoint = resume_point(output_dir, facts) if resume else None
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    linear = {name.rpartition(".")[2] for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
+    targets = lora_target_modules if lora_target_modules == "all-linear" else [name.strip() for name in lora_target_modules.split(",")]
+    if unknown := [name for name in targets if name not in linear and targets != "all-linear"]:  # peft skips what it does not find
+        raise BadInput(f"--lora_target_modules: this model has no linear layer {unknown[0]!r}, it has {', '.join(sorted(linear))}; or take all-linear")
     attention, dtype = choose_attention(skeleton, precision, max_length), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     quantization = None if bits == 16 else BitsAndBytesConfig(  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
@@ -171,7 +175,6 @@ def main(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0],
         suppress_tokens=list(range(len(chat.tokenizer), base.get_input_embeddings().weight.shape[0])) or None)  # rows that no token has
     set_seed(seed)  # every rank makes the same adapters
-    targets = lora_target_modules if lora_target_modules == "all-linear" else [name.strip() for name in lora_target_modules.split(",")]
     lora = LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_alpha=lora_alpha, target_modules=targets)  # without dropout: all passes have to agree
     model = get_peft_model(base, lora)
     judge = load_judge(model, reward_model, facts["base_fingerprint"], given) if reward_model else None
@@ -594,8 +597,9 @@ def figures(answers: list[dict], num_generations: int, sums: Counter, args) -> d
     if "reward_model" in answers[0]:
         found["reward_model"] = totals.reward_model / totals.answers
     if "returns" in answers[0]:
-        variance = max(1e-8, totals.squares / totals.tokens - (totals.returns / totals.tokens) ** 2)
-        found |= {"value_loss": totals.value_loss / totals.learned, "explained_variance": 1 - totals.errors / totals.tokens / variance}
+        variance = totals.squares / totals.tokens - (totals.returns / totals.tokens) ** 2
+        explained = 1 - totals.errors / totals.tokens / variance if variance > 1e-6 else 0.0  # where all returns are one, there is nothing to explain
+        found |= {"value_loss": totals.value_loss / totals.learned, "explained_variance": explained}
     return found
 
 

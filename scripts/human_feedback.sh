@@ -49,7 +49,7 @@ for name, part in (("prompts", rows[:-held_out]), ("held_out_good", with_verdict
 SPLIT
 echo "2. SFT adapter, merged" >&2
 [[ -f $OUT/sft/adapter_config.json ]] || tune sft --model_name_or_path "$MODEL_PATH" --data_path "$DATA_PATH" --num_train_epochs "$SFT_EPOCHS" \
-  --learning_rate 1e-3
+  --learning_rate 4e-4
 [[ -f $TUNED/config.json ]] || python merge_lora.py --model_name_or_path "$MODEL_PATH" --lora_path "$OUT/sft" --output_dir "$TUNED"
 echo "3. candidates, scored by rules" >&2
 ask --model_name_or_path "$TUNED" --input_file "$OUT/prompts.jsonl" --output_file "$OUT/candidates.jsonl" --num_return_sequences "$CANDIDATES"

@@ -10,7 +10,7 @@ RULES=${RULES-sample/rules.py:finished=1,repetition=1,chinese=1}  # a Python fil
 REWARD_MODEL=${REWARD_MODEL:-}                    # of train_reward.py; empty: the rules alone
 OUTPUT_PATH=${OUTPUT_PATH:-output/train_ppo}
 TOT_CUDA=${TOT_CUDA:-}                            # GPUs, as in 0,1; empty: all
-BITS=${BITS:-}                                    # 4 fits 7B into 11 GB, 8 as well, 16 wants 24 GB; empty: 4 on a GPU, 16 on a CPU
+BITS=${BITS:-}                                    # of the base: 4 fits 7B into 24 GB; empty: 4 on a GPU, 16 on a CPU
 CHECK_MEMORY=${CHECK_MEMORY:-warn}                # where the run will hardly fit: warn, or stop (exit status 2), or off
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # several machines: OUTPUT_PATH on a disk they share
 [[ $NNODES == 1 ]] && PORT=${PORT:-$((20000 + RANDOM % 20000))}  # random, so that two runs on one machine seldom meet

@@ -100,10 +100,20 @@ def test_published_figures_are_met(capsys):
     assert 10 < qlora["sum"] < 13.8
 
 
+def test_ppo_of_7b_in_4_bit_fits_24_gb_with_critic_and_reward_model_on_one_base(capsys):
+    flags = dict(model_name_or_path="llama-2-7b", bits=4)
+    sft, ppo, grpo = (parts_of(capsys, **flags, **more) for more in (
+        {}, dict(stage="train_ppo", reward_model="adapter"), dict(stage="train_ppo", advantage="grpo", rules="rules.py:a=1")))
+    assert ppo["sum"] < 24 and ppo["weights"] == sft["weights"] == grpo["weights"]
+    assert ppo["adapters"] == pytest.approx(3 * sft["adapters"], abs=0.02) and grpo["adapters"] == sft["adapters"]
+    answers = 16 * 1024 * 32 * 2 * 4096 * 2 / 1e9  # keys and values of 16 answers with their prompts, in bf16
+    assert answers < ppo["activations"] < 1.3 * answers
+
+
 @pytest.mark.parametrize("card, flags", [
     (11, dict(model_name_or_path="llama-2-13b")), (11, dict(model_name_or_path="llama-2-7b", per_device_train_batch_size=16, gradient_checkpointing=False)),
     (40, dict(stage="finetune", model_name_or_path="qwen2.5-7b", ranks=4)), (16, dict(stage="pretrain_clm", train="lora", model_name_or_path="chinese-llama-2-7b")),
-    (24, dict(model_name_or_path="llama-2-7b"))], ids=str)
+    (11, dict(stage="train_ppo", model_name_or_path="llama-2-7b")), (24, dict(model_name_or_path="llama-2-7b"))], ids=str)
 def test_the_advice_fits(capsys, monkeypatch, card, flags):
     monkeypatch.chdir(ROOT)
     estimate_memory.main(**flags, fit=card)

@@ -324,7 +324,8 @@ def test_runs_that_make_no_sense_stop_with_a_sentence(ppo):
     (dict(deepspeed="ds_configs/zero3.json"), "ZeRO-3 would gather every layer"), (dict(max_length=120, max_new_tokens=60), "the prompt has \\d+ tokens"),
     (dict(template="chatml"), "never learned"), (dict(max_length=4096), "more than the model's context of 2048"), (dict(gamma=1.5), "from 0 to 1"),
     (dict(reward_model="base"), "gives no rewards"), (dict(rules="RULES:broken=1"), "the rule broken gives nan"), (dict(model_name_or_path="adapter"), "merge it into its base first"),
-    (dict(data_path="answers"), "record 0: it ends in an answer"), (dict(rollout_batch_size=0), "must be above zero")], ids=str)
+    (dict(data_path="answers"), "record 0: it ends in an answer"), (dict(rollout_batch_size=0), "must be above zero"),
+    (dict(lora_target_modules="q_proj,k_prj"), "no linear layer 'k_prj'")], ids=str)
 def test_bad_input_is_named(ppo, folder, files, tmp_path, flags, said):
     (tmp_path / "answers.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     (tmp_path / "adapter").mkdir()
@@ -337,12 +338,13 @@ def test_bad_input_is_named(ppo, folder, files, tmp_path, flags, said):
 # ---- several ranks ----
 def test_two_ranks_sample_apart_and_stay_one_model_and_go_on_bit_for_bit(folder, files, tmp_path):
     """One launch, since torch takes seconds to import: a whole run, one that is cut, and its resume, on both ranks."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "你好"}))  # for both: only chance can tell their answers apart
     (tmp_path / "driver.py").write_text(f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_ppo
 
-flags = dict(model_name_or_path={str(folder)!r}, data_path={files[0]!r}, rules={files[1]!r} + ":finished=1,short=1", max_steps=4, save_steps=2, rollout_batch_size=4,
+flags = dict(model_name_or_path={str(folder)!r}, data_path={str(tmp_path / 'one.jsonl')!r}, rules={files[1]!r} + ":finished=1,short=1", max_steps=4, save_steps=2, rollout_batch_size=4,
              num_generations=3, max_new_tokens=8, max_length=256, learning_rate=1e-3, gradient_checkpointing=False)
 figures, change, seen = train_ppo.figures, train_ppo.change, []
 
@@ -376,3 +378,18 @@ json.dump(seen, open(os.path.join({str(tmp_path)!r}, "rank" + os.environ["RANK"]
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     finished = [sum(ids[-1] == 1 for rank in ranks for ids in rank[0]["answers"][i]) / 12 for i in range(4)]
     assert [json.loads(line)["finished"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()] == pytest.approx(finished)
+
+
+# ---- beyond one machine ----
+@pytest.mark.parametrize("kind, column", [("jsonl", "messages"), ("parquet", "prompt")], ids=["OpenRLHF", "verl"])
+def test_prompt_files_give_other_engines_the_ids_that_are_trained_on_here(folder, tmp_path, kind, column):
+    """Both loaders read them with datasets and render with the tokenizer's chat template."""
+    import datasets
+
+    import score_records
+
+    file, tokenizer = str(tmp_path / f"prompts.{kind}"), AutoTokenizer.from_pretrained(folder)
+    score_records.main(keep="prompts", data_path=str(ROOT / "sample" / "prompts.jsonl"), output_file=file)
+    rows = datasets.load_dataset(kind.replace("jsonl", "json"), data_files=file, cache_dir=str(tmp_path))["train"]
+    theirs = [tokenizer(tokenizer.apply_chat_template(row[column], tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids for row in rows]
+    assert [prompt["prompt"] for prompt in train_ppo.read_prompts(file, Chat(tokenizer), 2048, False)] == theirs

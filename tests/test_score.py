@@ -1,4 +1,5 @@
 """score_records.py: each score is what it is said to be, and each file that is written can be learned from."""
+import itertools
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_consistency import flags_of
 from test_records import write
 
 import score_records
@@ -324,3 +326,18 @@ def test_a_policy_adapter_is_no_reward_model(tmp_path, reward_adapter, model_fol
     with pytest.raises(BadInput, match="was trained on another base"):
         load_reward(str(reward_adapter))
     (reward_adapter / "yangtuo.json").unlink()
+
+
+# ---- the whole stage as one command ----
+def test_every_step_of_human_feedback_gives_flags_that_its_script_has_and_is_skipped_when_done(calls, tmp_path):
+    steps = [words[1:] for words in calls("bash", "scripts/human_feedback.sh", OUT="out", PROMPTS="my prompts.jsonl") if words[1].endswith(".py") and "/" not in words[1]]
+    for script, *words in steps:
+        assert {word.removeprefix("--") for word in words if word.startswith("--")} <= flags_of(script).keys(), (script, words)
+    order = ["finetune_lora.py", "merge_lora.py", "generate.py", "score_records.py", "train_reward.py", "score_records.py", "finetune_lora.py", "train_dpo.py", "train_ppo.py", "generate.py"]
+    found = [script for script, _ in itertools.groupby(step[0] for step in steps)]
+    assert found[: len(order)] == order and [step[0] for step in steps].count("finetune_lora.py") == 3
+    for name in ("sft", "reward", "hfft", "cohft", "dpo", "ppo"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "adapter_config.json").write_text("{}")
+    left = [words[1] for words in calls("bash", "scripts/human_feedback.sh", OUT="out")]
+    assert not {"finetune_lora.py", "train_reward.py", "train_dpo.py", "train_ppo.py"} & {*left} and "generate.py" in left
