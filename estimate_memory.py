@@ -23,7 +23,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 from utils import BadInput, RunStopped, check_file, check_positive, cli, training_argument_kinds
 
@@ -133,7 +133,10 @@ def taking_the_flags_of_stages(main):
     *own, rest = inspect.signature(main).parameters.values()
     flags, about = {}, {}
     for script in (script_of(stage) for stage in STAGES if Path(__file__).with_name(f"{stage}.py").is_file()):
-        flags |= {name: p.replace(default=None) for name, p in inspect.signature(script).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        for name, p in inspect.signature(script).parameters.items():
+            if choices := [*get_args(flags[name].annotation), *get_args(p.annotation)] if name in flags and get_origin(p.annotation) is Literal else []:
+                p = p.replace(annotation=Literal[tuple(choices)])  # another stage has others
+            flags |= {name: p.replace(default=None)} if p.kind is p.KEYWORD_ONLY else {}
         about |= {line.strip().partition(":")[0]: line for line in script.__doc__.splitlines()}
     flags = {name: p for name, p in flags.items() if p.name not in {p.name for p in own}}
     main.__signature__ = inspect.Signature([*own, *flags.values(), rest])
@@ -219,6 +222,9 @@ def complete(stage: str, given: dict) -> dict:
     for name in foreign:
         others = [other for other in STAGES if name in inspect.signature(script_of(other)).parameters]
         raise BadInput(f"--{name} is not a flag of {stage}.py: leave it out, or take --stage {' or '.join(others)}")
+    for name in given.keys() & parameters.keys():
+        if get_origin(kind := parameters[name].annotation) is Literal and given[name] not in get_args(kind):
+            raise BadInput(f"--{name}={given[name]} is not one of {', '.join(map(str, get_args(kind)))}, which --stage {stage} takes")
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     return {"deepspeed": None, "optim": "adamw_torch_fused", "ranks": 1, "gpu": True, "stage": stage} | defaults | given
 
