@@ -4,7 +4,7 @@
 
 First a short SFT (finetune_lora.py, merge_lora.py) on short answers, in English and Chinese, so that the model stops by itself; then train_ppo.py
 with each way. The pictures are made of their log.jsonl and may be looked at while a run goes on. `--only speed` compares the sampling with plain
-model.generate of the same batch, and says where an update's time goes.
+model.generate of the same batch; where an update's time goes stands in log.jsonl ("seconds").
 """
 import json
 import random
@@ -53,7 +53,7 @@ def main(
     work, sizes = Path(work_dir), dict(max_steps=max_steps, rollout_batch_size=rollout_batch_size, num_generations=num_generations)
     work.mkdir(parents=True, exist_ok=True)
     if only == "speed":
-        return speed(str(tuned(work, "chinese", chinese_data, data_dir)))
+        return speed(str(tuned(work, "chinese", chinese_data, data_dir)), rollout_batch_size * num_generations, max_new_tokens)
     for task, runs, make in (("chinese", CHINESE, chinese_data), ("sums", SUMS, sums_data)):
         for name in [name for name in runs if only in ("", name) and not draw]:
             model, out = tuned(work, task, make, data_dir), work / name.replace(", ", "-").replace(" ", "-")
@@ -146,7 +146,7 @@ def plot(task: str, logs: dict[str, Path]) -> None:
         print(f"| {name} | {len(entries)} updates | " + " | ".join(f"{label} {mean(label, entries[:3]):.2f} -> {mean(label, entries[-3:]):.2f}" for label in curves) + " |")
 
 
-def speed(model: str, answers: int = 16, new_tokens: int = 32, repeats: int = 3) -> None:
+def speed(model: str, answers: int, new_tokens: int, repeats: int = 3) -> None:
     """Tokens a second of train_ppo.py's sampling and of model.generate on the same prompts, taking turns, each with a LoRA adapter that is on."""
     import torch
     from peft import LoraConfig, get_peft_model
