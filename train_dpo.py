@@ -241,7 +241,8 @@ def answer_log_probs(model, input_ids, labels, position_ids=None, attention_mask
     last = (answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1)))[answered]
     answer = last.cumsum(0) - last.long()  # of which answer a token is
     count = int(last.sum())
-    return of_token.new_zeros(count).index_add(0, answer, of_token), torch.bincount(answer, minlength=count)
+    sums = of_token.new_zeros(count, dtype=torch.float64).index_add(0, answer, of_token.double())  # one by one in fp32 they would be off by thousandths
+    return sums.float(), torch.bincount(answer, minlength=count)
 
 
 def log_probs(hidden, targets, head):
