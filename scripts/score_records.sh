@@ -21,5 +21,5 @@ mkdir -p "$(dirname "$OUTPUT_FILE")"
 SCORER=()
 [[ $BY == rules ]] && SCORER=(--rules "$RULES")
 [[ $BY == reward ]] && SCORER=(--reward_model "$REWARD_MODEL")
-exec python score_records.py --by "$BY" --data_path "$DATA_PATH" --output_file "$OUTPUT_FILE" "${SCORER[@]}" \
+exec python score_records.py --by "$BY" --data_path "$DATA_PATH" --output_file "$OUTPUT_FILE" ${SCORER[@]+"${SCORER[@]}"} \
   ${MODEL_PATH:+--model_name_or_path "$MODEL_PATH"} ${LORA_PATH:+--lora_path "$LORA_PATH"} "$@"  # last, so that the caller's flags win

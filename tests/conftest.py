@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "sample").glob("*.json*")))
+    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "sample").glob("*.json*")) if path.stem not in ("preference", "prompts"))
     return [line for line in text.split("\n") if line]
 
 

@@ -113,12 +113,12 @@ def of_readme(server, pattern):
 
 
 def test_the_python_of_the_readme_is_answered(server, capsys):
-    block = of_readme(server, r"(?<=^```python\n).*?(?=^```)")
+    block = of_readme(server, r"(?<=^```python\n)from openai.*?(?=^```)")
     exec(compile(block, "README.md", "exec"), {})
-    first, second = server.prompts
+    asked, = server.prompts
     server.prompts.clear()
     model, chat = generate.load_model(str(server.folder))
-    assert first == second == [i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], add_generation_prompt=True) for i in piece]
+    assert asked == [i for piece, _ in chat.encode([{"role": "user", "content": "你好"}], add_generation_prompt=True) for i in piece]
     assert capsys.readouterr().out.strip()
 
 

@@ -144,7 +144,7 @@ def test_an_output_folder_in_use_is_refused_and_resumed_only_by_the_same_run(tmp
     write_facts(str(tmp_path), facts)
     check_output_dir(str(tmp_path), resume=False)  # nothing is lost: it failed before its first checkpoint
     assert resume_point(str(tmp_path), facts | {"seed": 2}) is None
-    checkpoint(tmp_path, 9, "{}", "rng_state.pth", "optimizer.pt", "scheduler.pt")
+    checkpoint(tmp_path, 9, '{"global_step": 9}', "rng_state.pth", "optimizer.pt", "scheduler.pt")
     with pytest.raises(BadInput, match="holds another run"):
         check_output_dir(str(tmp_path), resume=False)
     for other, reason in (({"seed": 2}, "was begun with seed = 1, now it is 2"), ({"world_size": 2}, "world_size = 1, now it is 2")):
@@ -164,11 +164,11 @@ def checkpoint(folder, step, state, *files):
 def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path, capsys, ranks):
     states = ["optimizer.pt", "scheduler.pt"] + (["rng_state.pth"] if ranks == 1 else ["rng_state_0.pth", "rng_state_1.pth"])
     checkpoint(tmp_path, "best", "{}", *states)
-    checkpoint(tmp_path, 9, "{}", *states)
+    checkpoint(tmp_path, 9, '{"global_step": 9}', *states)
     assert Path(resume_point(str(tmp_path), {"world_size": ranks})).name == "checkpoint-9" and not capsys.readouterr().err
     checkpoint(tmp_path, 10, '{"epoch": 1', *states)
     checkpoint(tmp_path, 11, None, *states)
-    checkpoint(tmp_path, 100, "{}", *states[:-1])  # the last rank was killed before it wrote
+    checkpoint(tmp_path, 100, '{"global_step": 100}', *states[:-1])  # the last rank was killed before it wrote
     assert Path(resume_point(str(tmp_path), {"world_size": ranks})).name == "checkpoint-9"
     error = capsys.readouterr().err
     assert error.count("is not whole") == 3 and all(f"checkpoint-{step} " in error for step in (100, 11, 10))
