@@ -73,7 +73,7 @@ def make_pairs(data_dir: Path, folder: Path, pairs: int, held_out: int, longest:
     def spoil(row: dict, fault: str) -> dict:
         answer = row["output"]
         worse = {"repeated": lambda: (answer[: max(4, len(answer) // 5)] * 6)[: len(answer)], "cut": lambda: answer[: int(len(answer) * dice.uniform(0.4, 0.7))],
-                 "other question": lambda: min((other["output"] for other in dice.sample(good, 30) if other is not row), key=lambda text: abs(len(text) - len(answer))),
+                 "other question": lambda: min((other["output"] for other in dice.sample(good, 30) if other["output"] != answer), key=lambda text: abs(len(text) - len(answer))),
                  "English": lambda: min(dice.sample(english, 30), key=lambda text: abs(len(text) - 3 * len(answer)))[: 4 * len(answer)]}[fault]()
         return {"instruction": row["instruction"], "input": row["input"], "chosen": answer, "rejected": worse}
 
