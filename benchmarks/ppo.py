@@ -91,12 +91,12 @@ def tuned(work: Path, task: str, make, data_dir: str) -> Path:
 
 
 def chinese_data(data_dir: Path, work: Path) -> tuple[list[dict], list[dict]]:
-    """Short answers, two in three of them English, and short Chinese questions that are none of theirs."""
+    """Short answers, five in six of them English, and short Chinese questions that are none of theirs."""
     chinese, english = (json.loads((data_dir / "sft" / f"alpaca_{language}_demo.json").read_text("utf-8")) for language in ("zh", "en"))
     han = lambda text: sum("\u4e00" <= letter <= "\u9fff" for letter in text) / max(1, sum(map(str.isalpha, text)))
     asked = lambda row: row["instruction"] + row.get("input", "")
-    records = [row for row in chinese if 4 <= len(row["output"]) <= 24 and han(row["output"]) > 0.9 and len(asked(row)) < 40]
-    records += [row for row in english if 4 <= len(row["output"].split()) <= 12 and len(asked(row).split()) < 25][:150]
+    records = [row for row in chinese if 4 <= len(row["output"]) <= 24 and han(row["output"]) > 0.9 and len(asked(row)) < 40][:40]
+    records += [row for row in english if 4 <= len(row["output"].split()) <= 12 and len(asked(row).split()) < 25][:200]
     random.Random(0).shuffle(records)
     known = {row["instruction"] for row in records}
     asks = [row["instruction"] for row in chinese if not row.get("input") and row["instruction"] not in known and 5 <= len(row["instruction"]) <= 11]
