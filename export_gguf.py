@@ -144,7 +144,7 @@ def read_tokenizer(folder: Path):
             return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as problem:  # `tokenizers` and sentencepiece have their own for a file that is cut off
-        raise BadInput(f"no tokenizer could be loaded from {folder}: {str(problem).strip().splitlines()[0][:200]}") from None
+        raise BadInput(f"no tokenizer could be loaded from {folder}: {str(problem)[:200]}") from None
     if not tokenizer.is_fast:
         raise BadInput(f"the tokenizer in {folder} lacks a fast version (tokenizer.json)")
     return tokenizer
@@ -160,7 +160,7 @@ def read_config(base: "Weights"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as problem:  # whatever a configuration makes a model's code do
-        raise BadInput(f"{base.folder} is no model that transformers can load: {str(problem).strip().splitlines()[0][:200]}") from None
+        raise BadInput(f"{base.folder} is no model that transformers can load: {str(problem)[:200]}") from None
     tied = set(model.all_tied_weights_keys)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     for name, shape in shapes.items():
@@ -544,7 +544,7 @@ def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
         try:
             folder = Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{end}" for end in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
         except (OSError, ValueError) as problem:
-            raise BadInput(f"{folder} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+            raise BadInput(f"{folder} is no folder, and could not be fetched from the hub: {str(problem)[:200]}") from None
     if not (folder / "delta.json").is_file():
         check_model(str(folder), allow_pickle)
         if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
@@ -573,7 +573,7 @@ class Weights:
                 names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
-                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is missing, cut off or damaged, "
+                raise BadInput(f"{path} could not be read ({str(problem)[:200]}): it is missing, cut off or damaged, "
                                f"or only points to the real one (git-lfs). Download it again") from None
             self.paths.update(dict.fromkeys(names, path))
         if missing := mapped.keys() - self.tensors.keys():

@@ -401,8 +401,11 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
                                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     if gptq and not (importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum")):
         del config.quantization_config
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        try:
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        except Exception as problem:  # the libraries raise whatever a damaged file makes of them
+            raise BadInput(f"the config.json in {model_name_or_path} makes no model: {str(problem)[:200]}") from None
         given |= dict(config=config, state_dict=dequantized_state(model_name_or_path, gptq, dtype))
     model = load(kind, None if "state_dict" in given else model_name_or_path, output_loading_info=True, **given)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -419,7 +422,7 @@ def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from problem
     if arguments.get("output_loading_info"):
         loaded, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
@@ -499,7 +502,7 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
     except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors and pickle their own
-        raise BadInput(f"{lora_path} does not fit {model_name_or_path}: of another base, or cut off? {str(problem).strip().splitlines()[0][:200]}") from None
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}: of another base, or cut off? {str(problem)[:200]}") from None
     if missing := set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)) - given:
         raise BadInput(f"{lora_path} lacks {len(missing)} tensors, {min(missing)} for one")
     return model

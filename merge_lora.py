@@ -335,7 +335,7 @@ def local_folder(model_name_or_path: str, allow_pickle: bool = False) -> Path:
         try:
             folder = Path(snapshot_download(model_name_or_path, allow_patterns=[f"*{end}" for end in (*BESIDE, ".safetensors", *[".bin"] * allow_pickle)]))
         except (OSError, ValueError) as problem:
-            raise BadInput(f"{folder} is no folder, and could not be fetched from the hub: {str(problem).strip().splitlines()[0][:200]}") from None
+            raise BadInput(f"{folder} is no folder, and could not be fetched from the hub: {str(problem)[:200]}") from None
     if not (folder / "delta.json").is_file():
         check_model(str(folder), allow_pickle)
         if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
@@ -364,7 +364,7 @@ class Weights:
                 names, get, _ = self._open(path)
                 self.tensors.update({name: get(name).to("meta") for name in names})
             except Exception as problem:  # safetensors, zip and pickle have their own for a file that is cut off
-                raise BadInput(f"{path} could not be read ({str(problem).strip().splitlines()[0][:200]}): it is missing, cut off or damaged, "
+                raise BadInput(f"{path} could not be read ({str(problem)[:200]}): it is missing, cut off or damaged, "
                                f"or only points to the real one (git-lfs). Download it again") from None
             self.paths.update(dict.fromkeys(names, path))
         if missing := mapped.keys() - self.tensors.keys():

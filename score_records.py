@@ -503,7 +503,7 @@ def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem).strip().splitlines()[0][:300]}") from problem
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from problem
     if arguments.get("output_loading_info"):
         loaded, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
@@ -638,7 +638,7 @@ def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: b
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
     except Exception as problem:  # peft raises RuntimeError, ValueError or KeyError, safetensors and pickle their own
-        raise BadInput(f"{lora_path} does not fit {model_name_or_path}: of another base, or cut off? {str(problem).strip().splitlines()[0][:200]}") from None
+        raise BadInput(f"{lora_path} does not fit {model_name_or_path}: of another base, or cut off? {str(problem)[:200]}") from None
     if missing := set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)) - given:
         raise BadInput(f"{lora_path} lacks {len(missing)} tensors, {min(missing)} for one")
     return model
