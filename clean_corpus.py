@@ -203,7 +203,10 @@ def check_cleaning(flags: dict) -> tuple[list[str], list[str], list[str], dict]:
             limits[name] = value
     if not 0 < limits["jaccard"] <= 1 or not 0 <= limits["high"] <= limits["medium"] <= 1:
         raise BadInput(f"--limits={flags['limits']}: jaccard must be above 0 and at most 1, and high at most medium, both from 0 to 1")
-    files = {name: list_files(flags[name], name) for name in ("data_path", "against", "eval_data", "good_text", "word_list")}
+    check_file("word_list", flags["word_list"])
+    files = {name: list_files(flags[name], name) for name in ("data_path", "against", "eval_data", "good_text")}
+    if both := {*map(os.path.realpath, files["data_path"])} & {*map(os.path.realpath, files["against"])}:
+        raise BadInput(f"--against={flags['against']} holds {min(both)}, which --data_path has too: every record of it would be a duplicate of itself")
     if flags["model_name_or_path"]:
         check_model(flags["model_name_or_path"])
     output = Path(flags["output_dir"]).resolve()
@@ -273,7 +276,7 @@ def cut_pieces(path: str, document_separator: str):
 def read_blocks(path: str, document_separator: str):
     """Yield (number of the first record, list of records) of about BLOCK bytes: (bytes, problem) to be read yet, or rows of CSV, Parquet and JSON arrays."""
     with open(path, "rb") as file:
-        array = path.endswith(".json") and file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        array = path.endswith((".json", ".jsonl")) and file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     by_row = array or path.endswith((".csv", ".parquet"))
     size = lambda item: len(item[0]) if not by_row else len(str(item))
     block, number, held = [], 0, 0
@@ -745,10 +748,11 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
         try:
             row = parse(item, path.endswith(".txt"))
             row, original, strings, is_document = clean(row, job.steps)
-        except (ValueError, TypeError, KeyError, AttributeError) as problem:  # one record, whatever is in it, does not end the run
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:  # one record, whatever is in it, does not end the run
             table["reason"][i] = REASONS.index("broken")
             shown = item[0][:LONGEST].decode("utf-8", "backslashreplace") if isinstance(item, tuple) else str(item)
-            row, original, strings, is_document = row if isinstance(row, dict) else {"text": shown}, None, [shown], True
+            readable = isinstance(row, dict) and not isinstance(problem, RecursionError)
+            row, original, strings, is_document = row if readable else {"text": shown}, None, [shown], True
             about.append({"problem": str(problem)})
         else:
             about.append({})
@@ -914,7 +918,7 @@ def judge_files(job: SimpleNamespace, files: list[str], document_separator: str,
 # ---- all records together ----
 def load_parts(parts: Path) -> dict:
     """The columns of all parts that fit the memory (some 90 bytes a record), with `part` and the paths of all; bands and measures stay on the disk."""
-    files = sorted(parts.glob("*.npy"))
+    files = sorted(parts.glob("[0-9]*.npy"))  # scores.npy is no part
     maps = [np.load(file, mmap_mode="r") for file in files]
     table = {name: np.concatenate([part[name] for part in maps] or [np.zeros(0, DTYPE[name])])
              for name in ("source", "record", "begin", "length", "bytes", "reason", "group", "size", "units", "quality", "share", "key", "tie")}
@@ -1009,9 +1013,11 @@ def compare_clusters(task, *, limits: dict) -> list[tuple[int, int, float]]:
                 (shingles, words, numbers), (others, other_words, other_numbers) = read(where[i]), read(where[j])
                 common = len(np.intersect1d(shingles, others, assume_unique=True))
                 index = common / (len(shingles) + len(others) - common)
-                nearest = max(nearest, index)
                 # Two sums, two receipts, two editions of a price list: what says the same but for its numbers and signs is no copy
-                if index >= limits["jaccard"] and (limits["same_but_numbers"] or words != other_words or numbers == other_numbers):
+                if not limits["same_but_numbers"] and words == other_words and numbers != other_numbers:
+                    continue
+                nearest = max(nearest, index)
+                if index >= limits["jaccard"]:
                     twin = members[j]
                     break
             else:
@@ -1061,7 +1067,7 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
             ids = torch.tensor([begin + tokenizer(text, add_special_tokens=False).input_ids], device=device)
             with torch.inference_mode():
                 loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
-            scores[i] = -float(loss) / math.log(2) / len(text)
+            scores[i] = -float(loss) / math.log(2) / max(1, len(text))
             if i % 100 == 0:
                 with finished_file(parts / "scores.npy") as file:
                     np.save(file, scores)

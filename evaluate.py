@@ -138,6 +138,8 @@ def main(
     check_file("eval_path", eval_path)
     check_output_dir(output_dir, True, model_name_or_path)
     questions = read_tasks(chosen_tasks(tasks, data_dir, eval_path), data_dir, subjects, shots, limit, eval_path, num_answers)
+    if not questions:
+        raise BadInput("the files hold no question to ask")
     groups = [list(group) for _, group in itertools.groupby(questions, key=lambda question: (question["task"], question["subject"]))]
     facts = {name: flags[name] for name in ("model_name_or_path", "lora_path", "template", "max_length", "bits", "load_in_8bit", "precision",
                                             "per_device_eval_batch_size", "max_new_tokens")}
@@ -181,11 +183,18 @@ def main(
                 bar.update(len(found))
 
     # ---- save ----
-    about = {"flags": {name: flags[name] for name in ("model_name_or_path", "lora_path", "template", "shots", "limit", "bits")}, "warnings": warnings}
+    about = {"flags": {name: flags[name] for name in (
+        "model_name_or_path", "lora_path", "template", "max_length", "max_new_tokens", "shots", "limit", "bits")}, "warnings": warnings}
     about |= {"prompt_hash": prompt_hash(questions), "prompts": facts["prompts"],
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
     by_task = itertools.groupby(lines, key=lambda line: line["task"])
-    results = {"results": {task: task_result(list(those)) for task, those in by_task if task != "answers"}} | about
+    tasks_lines = {task: list(those) for task, those in by_task if task != "answers"}
+    if empty := [task for task, those in tasks_lines.items() if all(line.get("dropped") for line in those)]:
+        warnings.append(f"{', '.join(empty)}: nothing could be scored, every record is empty or has an answer longer than --max_length")
+        print(warnings[-1], file=sys.stderr)
+    results = {"results": {task: task_result(those) for task, those in tasks_lines.items() if task not in empty}} | about
+    if not results["results"] and tasks_lines:
+        raise RunStopped(warnings[-1])
     write_report(Path(output_dir), results, lines)
     replace_json(result, results)
     print(result_line(results, output_dir))
@@ -218,7 +227,9 @@ def files_of(task: str, data_dir: str) -> list[Path]:
     """The files of a task that are asked, without those of the shots."""
     pattern = {"ceval": "ceval/val/*_val.csv", "cmmlu": "cmmlu/test/*.csv", "mmlu": "mmlu/test/*_test.csv", "arc": "ARC-Challenge-Test.jsonl",
                "hellaswag": "hellaswag*.jsonl", "truthfulqa": "TruthfulQA.csv", "gsm8k": "gsm8k*.jsonl", "perplexity": "perplexity/*.*"}[task]
-    files = sorted(file for file in Path(data_dir).glob(pattern) if "train" not in file.name and file.suffix in (".txt", ".json", ".jsonl", ".csv", ".parquet"))
+    files = [file for file in Path(data_dir).glob(pattern) if file.suffix in (".txt", ".json", ".jsonl", ".csv", ".parquet")]
+    files = sorted((file for file in files if task == "perplexity" or "train" not in file.name),
+                   key=lambda file: (task == "hellaswag" and "val" not in file.name, file))  # the test file of HellaSwag has no labels
     return files[:1] if task in ("hellaswag", "gsm8k") else files
 
 
@@ -401,7 +412,8 @@ def lines_so_far(output_dir: str, facts: dict, groups: list[list], size: int) ->
     """The lines of samples.jsonl that a run which was stopped has left, whole chunks of `size`; BadInput if it was begun with other facts."""
     begun, samples = Path(output_dir, "run.json"), Path(output_dir, "samples.jsonl")
     before = read_json(begun) if begun.is_file() else facts
-    if changed := [name for name in facts if before.get(name) != facts[name]]:
+    converted = "adapter" in before and before["adapter"] is None  # a pickle, of which the first run has made a safetensors file
+    if changed := [name for name in facts if before.get(name) != facts[name] and not (name == "adapter" and converted)]:
         what = "other questions" if changed[0] == "prompts" else f"{changed[0]} = {before.get(changed[0])}, now it is {facts[changed[0]]}"
         raise BadInput(f"--output_dir={output_dir} was begun with {what}: give the same, or another folder")
     lines = []
@@ -788,7 +800,8 @@ def compare_runs(compare: str, output_dir: str) -> None:
         if Path(output_dir).resolve() == folder.resolve():
             raise BadInput(f"--output_dir={output_dir} is one of the folders to compare: give a new one")
         runs.append((read_json(folder / "results.json"), list(read_rows(str(folder / "samples.jsonl"), Counter()))))
-    if not Path(output_dir, "report.md").is_file() or Path(output_dir, "run.json").is_file():  # a report that lies there is written anew
+    ours = {"report.png", "report.md", "results.json", ".results.json.new"}  # a comparison that lies there, whole or not, is written anew
+    if not Path(output_dir).is_dir() or {file.name for file in Path(output_dir).iterdir()} - ours:
         check_output_dir(output_dir)
     os.makedirs(output_dir, exist_ok=True)
     (before, old), (after, new) = runs
@@ -823,7 +836,8 @@ def change_of(task: str, old: list[dict], new: list[dict]) -> dict | None:
               "after": sum(b) / sum(weights), "difference": mean, "stderr": error, "interval": interval, "p": sign_flip_p(differences)}
     if "loglikelihoods" in old[0] and "acc" in pairs[0][0]["scores"]:
         chance = sum(1 / len(line["loglikelihoods"]) for line, _ in pairs) / len(pairs)
-        near = [abs(sum(side) / len(side) - chance) <= 1.96 * (mean_and_error(side, weights)[1] or 1) for side in (a, b)]
+        errors = [mean_and_error(side, weights)[1] for side in (a, b)]  # None of a single question
+        near = [error is None or abs(sum(side) / len(side) - chance) <= 1.96 * error for side, error in zip((a, b), errors)]
         change |= {"chance": chance, "at_chance": all(near)}
     if not change["lower_is_better"]:
         change |= {"only_before": sum(x > y for x, y in zip(a, b)), "only_after": sum(y > x for x, y in zip(a, b))}
@@ -877,6 +891,8 @@ def comparison_text(runs: list[tuple], names: list[str], changes: dict) -> str:
     for verdict, title in (("better", "Better"), ("worse", "Worse"), ("open", "No difference can be told")):
         if those := [task for task, change in changes.items() if change["verdict"] == verdict]:
             about += [f"**{title}**", "", *(f"- {change_text(task, changes[task])}" for task in those), ""]
+    if other := [f"--{name}" for name in ("template", "max_length", "max_new_tokens") if before["flags"].get(name) != after["flags"].get(name)]:
+        about += [f"**Warning:** measured with another {', '.join(other)}: the difference is not the model's alone.", ""]
     if unlike := [task for task in changes if before["prompts"].get(task) != after["prompts"].get(task)]:
         about += [f"Not asked alike: {', '.join(unlike)}; only questions that both have are compared, whatever their shots.", ""]
     about += ["![before and after](report.png)", "",

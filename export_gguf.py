@@ -483,6 +483,15 @@ def ollama_template(chat: Chat, add_bos: bool) -> str | None:
             f'{{{{ else if eq .Role "assistant" }}}}{before_answer.removeprefix(prompt_end)}{{{{ .Content }}}}{behind_answer}{{{{ end }}}}{{{{ end }}}}')
 
 
+def text_lines(value):
+    """Yield the lines of every text in a record, whatever its schema."""
+    if isinstance(value, str):
+        yield from value.strip("\r\n").split("\n")
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from text_lines(part)
+
+
 def compare_ids(file: Path, tokenizer, chat: Chat | None, vocabulary: dict, eval_path: str | None) -> dict[str, float] | None:
     """Share of lines, by kind of text, whose ids are the same by llama.cpp and by transformers, as they are or as the prompts of a chat.
 
@@ -505,7 +514,7 @@ def compare_ids(file: Path, tokenizer, chat: Chat | None, vocabulary: dict, eval
              "English": "\n".join(topics.values()).split("\n"), "code": inspect.getsource(argparse).split("\n")}
     if eval_path:
         rows = read_rows(eval_path, Counter(), "line")
-        texts[Path(eval_path).stem] = [line for row in rows for value in row.values() if isinstance(value, str) for line in value.split("\n")]
+        texts[Path(eval_path).stem] = [line for row in rows for line in text_lines(row)]
     figures, control = {}, chat.control_pattern if chat else re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
     for kind, lines in texts.items():
         # Before a first blank llama.cpp puts another, as SentencePiece does, and newer transformers do not
@@ -521,7 +530,11 @@ def compare_ids(file: Path, tokenizer, chat: Chat | None, vocabulary: dict, eval
                 text, ours = line, tokenizer(line).input_ids
             pairs.append((line, ours, peer.tokenize(text.encode(), add_bos=vocabulary["add_bos_token"], special=True)))
         other = [(line, ours, theirs) for line, ours, theirs in pairs if ours != theirs]
-        figures[kind] = round(1 - len(other) / max(1, len(pairs)), 5)
+        if not pairs:
+            figures[kind] = None
+            print(f"{kind} holds no line whose ids could be compared", file=sys.stderr)
+            continue
+        figures[kind] = round(1 - len(other) / len(pairs), 5)
         print(f"llama.cpp gives the ids of transformers on {figures[kind]:.2%} of {len(pairs):,} lines of {kind}", file=sys.stderr)
         for line, ours, theirs in other[:3]:
             place = next(place for place, (a, b) in enumerate(itertools.zip_longest(ours, theirs)) if a != b)

@@ -884,7 +884,8 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
             ("config.json" not in names and "adapter_config.json" in names, f"is a LoRA adapter: give its base as the model and this as --lora_path ({held})"),
             ("config.json" not in names, f"has no config.json, so it is no model ({held})"),
             ("delta.json" in names, "is a delta, which only babbles by itself: make the model of it with apply_delta.py"),
-            ("quantize_config.json" in names and not quantized, "is quantized, for generate.py alone: give the 16-bit model that it was made from"),
+            ("quantize_config.json" in names and not quantized,
+             "is quantized, to be used alone (generate.py, webui.py, evaluate.py): give the 16-bit model that it was made from"),
             ("model.safetensors.index.json" in indices and named & pickles, "has an index of safetensors that names a pickle: download it again"),
             (missing, f"lacks {', '.join(missing[:3])}, which {', '.join(indices)} names ({len(missing)} missing): finish the download"),
             (not tensors and not pickles, f"holds no weights (*.safetensors): {held}"),
@@ -910,7 +911,7 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     begun = {"run.json", "run.lock", ".saving", "runs"} if resume is not None else set()  # of a run that never came to its first checkpoint
     if resume and names - begun and "run.json" not in names:
-        raise BadInput(f"--output_dir={output_dir} holds no run that could go on (no run.json): give the run's folder, or a new one without --resume")
+        raise BadInput(f"--output_dir={output_dir} holds no run that could go on (no run.json): give the run's own folder, or a new one")
     if not resume and names - begun:
         raise BadInput(f"--output_dir={output_dir} holds another run: " + "go on with it by --resume True, or " * (resume is not None) + "give a new folder")
 

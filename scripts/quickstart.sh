@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a tuned model: install, tune the small default model on sample/company.json with LoRA, and show what it changed: the same
-# questions answered before and after, and bits per character on records and texts that it was not trained on. Run again, it does only what
+# questions answered before and after, and bits per character of answers to questions in other words, and of texts that it was not trained on. Run again, it does only what
 # is not done yet; remove output/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."

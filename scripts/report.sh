@@ -19,6 +19,7 @@ command -v python > /dev/null && python -c 'import fire' 2> /dev/null || PATH="$
 [[ -n $BASE_MODEL ]] || BASE_MODEL=$(python scripts/default_model.py)
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 measure() { python evaluate.py --data_dir "$DATA_DIR" --eval_path "$DATA_PATH" "$@" > /dev/null; }
+[[ -n $AFTER_MODEL || -f $LORA_PATH/adapter_config.json ]] || { echo "error: LORA_PATH=$LORA_PATH is no adapter: run scripts/quickstart.sh first, or give one" >&2; exit 2; }
 measure --model_name_or_path "$BASE_MODEL" --output_dir "$OUTPUT_PATH/before" "$@"
 if [[ -n $AFTER_MODEL ]]; then measure --model_name_or_path "$AFTER_MODEL" --output_dir "$OUTPUT_PATH/after" "$@"
 else measure --model_name_or_path "$BASE_MODEL" --lora_path "$LORA_PATH" --output_dir "$OUTPUT_PATH/after" "$@"; fi

@@ -400,3 +400,21 @@ def test_datatrove_comes_to_the_same_verdicts(clean, tmp_path):
     kept, lost, _ = clean(*rows, steps="rules")
     assert texts(theirs["kept"]) == texts(kept)
     assert [(row["text"], row["metadata"]["filter_reason"]) for row in theirs["dropped"]] == [(row["text"], row["reason"]) for row in lost]
+
+
+def test_older_data_that_holds_the_new_is_refused_and_drops_nothing(clean, tmp_path):
+    path = write(tmp_path / "corpus" / "new.jsonl", text_of(1), text_of(2))
+    with pytest.raises(BadInput, match="a duplicate of itself"):
+        clean(data_path=path, against=str(tmp_path / "corpus"))
+
+
+def test_an_array_in_a_jsonl_file_is_read_as_training_reads_it(clean, tmp_path):
+    (tmp_path / "array.jsonl").write_text(json.dumps([{"text": text_of(1)}, {"text": text_of(2)}], indent=1), "utf-8")
+    kept, dropped, _ = clean(data_path=str(tmp_path / "array.jsonl"))
+    assert len(kept) == 2 and not dropped
+
+
+def test_scores_that_a_killed_run_left_are_no_part(clean, tmp_path):
+    np.save(tmp_path / "000000.npy", np.zeros(3, corpus.DTYPE))
+    np.save(tmp_path / "scores.npy", np.full(3, np.nan, np.float32))
+    assert len(corpus.load_parts(tmp_path)["reason"]) == 3

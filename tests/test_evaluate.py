@@ -240,6 +240,18 @@ def test_the_verdict_claims_no_more_than_the_error_allows(tmp_path, before, afte
     assert ("**Better**" in report, "**Worse**" in report, "No difference can be told" in report) == (verdict == "better", verdict == "worse", verdict == "open")
 
 
+def test_two_perfect_models_are_not_called_at_chance_and_a_comparison_cut_short_is_written_anew(tmp_path):
+    a, b = made_run(tmp_path, "before", [1] * 20), made_run(tmp_path, "after", [1] * 20)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.png").write_bytes(b"half")
+    evaluate.main(compare=f"{a},{b}", output_dir=str(tmp_path / "report"))
+    assert "at chance" not in (tmp_path / "report" / "report.md").read_text("utf-8")
+    about = json.loads((b / "results.json").read_text())
+    (b / "results.json").write_text(json.dumps(about | {"flags": about["flags"] | {"max_length": 64}}))
+    evaluate.main(compare=f"{a},{b}", output_dir=str(tmp_path / "report"))
+    assert "measured with another --max_length" in (tmp_path / "report" / "report.md").read_text("utf-8")
+
+
 def test_fewer_bits_are_better_and_the_error_is_that_of_the_pairs(tmp_path):
     before, after = [20.0, 40.0, 60.0, 30.0, 50.0, 20.0, 70.0, 10.0], [19.0, 39.0, 58.0, 29.0, 49.0, 19.0, 68.0, 9.0]
     a, b = (made_run(tmp_path, name, values, "perplexity") for name, values in (("before", before), ("after", after)))

@@ -258,8 +258,8 @@ def test_the_quantized_folder_is_refused_where_a_16_bit_one_belongs(base, tmp_pa
     run(model_name_or_path=str(base), output_dir=str(tmp_path / "q"))
     command = [sys.executable, "finetune_lora.py", "--model_name_or_path", str(tmp_path / "q"), "--data_path", CONVERSATIONS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "is quantized, for generate.py alone" in done.stderr
-    with pytest.raises(BadInput, match="is quantized, for generate.py alone"):
+    assert done.returncode == 2 and "is quantized, to be used alone" in done.stderr
+    with pytest.raises(BadInput, match="is quantized, to be used alone"):
         run(model_name_or_path=str(tmp_path / "q"), output_dir=str(tmp_path / "again"))
     with pytest.raises(BadInput, match="quantized already, to 4 bits"):
         generate.load_model(str(tmp_path / "q"), bits=8)

@@ -69,10 +69,13 @@ def test_every_command_works(calls, command, monkeypatch, capfd, tmp_path):
         wrapper = re.match(r"bash (\S+\.sh)", command)
         assert not wrapper or subprocess.run(["bash", "-n", wrapper[1]], cwd=ROOT).returncode == 0
         return
-    for name, text in (("my/Llama-2-7b-hf/config.json", "{}"), ("output/mine/adapter_model.safetensors", ""), ("my.json", "你好")):  # serve.sh and iconv read them
+    for name, text in (("my/Llama-2-7b-hf/config.json", "{}"), ("output/mine/adapter_model.safetensors", ""), ("my.json", "你好"),  # serve.sh and iconv read them
+                       *((f"output/{name}/adapter_config.json", "{}") for name in ("quickstart/adapter", "finetune_lora"))):  # and report.sh
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, "gb18030")
     assert re.match(r"(\w+=\S+ )*(bash scripts/|python |pip install |curl |iconv )", command), f"no test knows how to run {command}"
+    for names, wrapper in re.findall(r"^((?:\w+=\S+ )+)bash (scripts/\w+\.sh)", command):
+        assert all(re.search(rf"\b{name}=\$\{{{name}", read(wrapper)) for name in re.findall(r"(\w+)=", re.sub(r"'[^']*'", "", names))), command
     made = calls("bash", "-c", command)
     if command.startswith("iconv"):
         assert not made and (tmp_path / "my_utf8.json").read_text("utf-8") == "你好"
