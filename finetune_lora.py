@@ -187,13 +187,13 @@ def speed_up_lora(model) -> None:
 
     def forward(self, x, *_, **__):
         result = self.base_layer(x)
-        for name in [] if self.disable_adapters else self.active_adapters:
+        for name in [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]:
             low = self.lora_A[name](self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
             result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name])
         return result
 
     for module in model.modules():  # DoRA, quantized and ZeRO-3's sharded layers keep peft's own
-        if type(module) is Linear and not module.use_dora[module.active_adapters[0]] and not hasattr(module.base_layer.weight, "ds_id"):
+        if type(module) is Linear and not any(module.use_dora.values()) and not hasattr(module.base_layer.weight, "ds_id"):
             module.forward = MethodType(forward, module)
 
 

@@ -36,8 +36,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from utils import (BadInput, Chat, cache_folder, can_pack, check_adapter, check_file, check_model, check_positive, clean_messages, clean_text, cli,
-                   file_hash, fingerprint, preference_record, read_json, read_rows, row_turns)
+from utils import (BadInput, Chat, cache_folder, can_pack, check_adapter, check_file, check_model, check_positive, check_tokenizer, clean_messages,
+                   clean_text, cli, file_hash, fingerprint, preference_record, read_json, read_rows, row_turns)
 
 # What a judge is asked: a question in which two answers change places, since the first is often preferred
 COMPARE = ("下面是对同一个问题的两个回答。请判断哪一个更好：正确、切题、完整、不重复的更好，长的不一定更好。\n\n[问题]\n{question}\n\n[回答 A]\n{a}\n\n"
@@ -111,8 +111,10 @@ def main(
         item["rules"] = [run_rules(judges, item["messages"], *answer, item["row"], item["where"]) for answer in zip(item["answers"], item["finished"])]
     order = give_scores(items, flags, judges) if by else {}
     if too_long := [item["where"] for item in items if None in item.get("scores", [])]:
-        items = [item for item in items if item["where"] not in too_long]
+        items = [item for item in items if None not in item.get("scores", [])]
         print(f"dropped {len(too_long)} records that are empty or longer than the model's context, {too_long[0]} for one", file=sys.stderr)
+    if not items:
+        raise BadInput(f"no record of {data_path} can be read by the model: all are empty or longer than its context")
 
     # ---- save ----
     rows = in_buckets(items, flags) if buckets else [row for item in items for row in kept_rows(item, keep, min_gap, output_file)]
@@ -362,13 +364,14 @@ def kept_rows(item: dict, keep: str, min_gap: float, output_file: str) -> list[d
         named = {"scores": scores} if item["kind"] == "answers" else {"score_chosen": scores[0], "score_rejected": scores[1]}
         return [row | named | ({"rules": by_rule} if by_rule else {})]
     ranked = sorted((i for i, ended in enumerate(item["finished"]) if ended), key=lambda i: -scores[i])
-    if not ranked or keep != "best" and not scores[ranked[0]] - scores[ranked[-1]] > min_gap:
+    same = len({item["answers"][i] for i in ranked}) < 2  # which a batch's padding may give two rewards
+    if not ranked or keep != "best" and (same or not scores[ranked[0]] - scores[ranked[-1]] > min_gap):
         return []
     (best, high), (worst, low) = ((item["answers"][i], scores[i]) for i in (ranked[0], ranked[-1]))
     asked = {name: row[name] for name in ("system", "instruction", "input", "history") if name in row} if "instruction" in row else {"messages": messages}
     answered = lambda *texts: [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
     if keep == "best":
-        return [asked | {"output": best} if "instruction" in row else {"messages": messages + answered("", best)[1:]}]
+        return [asked | {"output": best} if "instruction" in row else {"messages": [*messages, {"role": "assistant", "content": best}]}]
     if keep == "pairs":
         return [asked | {"chosen": best, "rejected": worst, "score_chosen": high, "score_rejected": low}]
     turns = [(GOOD, best), (BAD, worst)][:: -1 if item["number"] % 2 else 1]  # either may come first, so that neither is a matter of place
@@ -441,9 +444,11 @@ def load_scorer(flags: dict):
     chat.last_round_only = True
     model = load(AutoModelForCausalLM, name, output_loading_info=True, **given)
     can_pack(model.config, 1)  # refuses models that change their logits behind the head
-    if len(chat.tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        if not lora_path:
-            raise BadInput(f"--template={flags['template']} has tokens that {name} never learned: give the template that it was trained with")
+    if not lora_path:
+        check_tokenizer(chat, model.config)
+        if chat.new_tokens:
+            raise BadInput(f"--template={flags['template']} needs {chat.new_tokens[0]}, which {name} never learned: give the template that it was trained with")
+    elif len(chat.tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(chat.tokenizer), mean_resizing=False)  # the adapter brings the rows
     model = load_adapter(model, lora_path, name, flags["allow_pickle"]).get_base_model() if lora_path else model
     return model.eval(), chat
@@ -564,7 +569,9 @@ def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) ->
     if not finished:
         ids = ids[:-1]  # the stop token; before it a template may have a blank or a line break of its own
         decoded = lambda ids: chat.tokenizer.decode(ids, skip_special_tokens=True)
-        before, said, _ = decoded(ids).rpartition(answer if answer in decoded(ids) else answer.strip())  # ziya strips it
+        said = answer if answer in decoded(ids) else answer.strip()  # ziya strips it
+        before = decoded(ids).rpartition(said)[0] if said else ""
+        ids = ids if said else []  # cut before it said anything
         while said and decoded(ids[:-1]).startswith(before + said):
             ids = ids[:-1]
     return [i for part, _ in prompt for i in part] + ids

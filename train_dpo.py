@@ -217,9 +217,10 @@ def preference_forward(self, loss, num_items_in_batch=1, reference=None, without
     losses, rewards = loss(logps, tokens, reference)
     if self.training and self.may_be_off:  # nothing has been learned yet: the loss must be ln 2, and every margin 0
         off = float(((logps.detach() - reference).abs() / tokens).max()) if len(logps) else 0.0
-        if not off <= self.may_be_off:
+        if off > self.may_be_off:  # a NaN is the step's own matter
+            cached = "" if without_adapter else f" If the cache is at fault, remove {cache_folder() / 'reference'}"
             raise RunStopped(f"in the first step the log-probabilities are {off:.3g} a token away from the reference's, so every margin would be wrong: is "
-                             f"something random in the model's code? If the cache is at fault, remove {cache_folder() / 'reference'}")
+                             f"something random in the model's code?{cached}")
         self.may_be_off = None
     sums = sum_pairs(self, rewards[::2], rewards[1::2], logps_chosen=logps[::2], logps_rejected=logps[1::2])
     return {"loss": losses.sum() / num_items_in_batch} | sums
@@ -354,13 +355,13 @@ def speed_up_lora(model) -> None:
 
     def forward(self, x, *_, **__):
         result = self.base_layer(x)
-        for name in [] if self.disable_adapters else self.active_adapters:
+        for name in [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]:
             low = self.lora_A[name](self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
             result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name])
         return result
 
     for module in model.modules():  # DoRA, quantized and ZeRO-3's sharded layers keep peft's own
-        if type(module) is Linear and not module.use_dora[module.active_adapters[0]] and not hasattr(module.base_layer.weight, "ds_id"):
+        if type(module) is Linear and not any(module.use_dora.values()) and not hasattr(module.base_layer.weight, "ds_id"):
             module.forward = MethodType(forward, module)
 
 

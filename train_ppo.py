@@ -134,7 +134,7 @@ def main(
         resume: Go on from the last checkpoint in output_dir.
         deepspeed: Not taken, since ZeRO would gather every layer for every token of an answer; the message says what to do.
     """
-    check_ppo(flags := dict(locals()))
+    judges = check_ppo(flags := dict(locals()))
 
     # ---- load ----
     import torch  # these imports take seconds: they wait until the flags are understood
@@ -142,7 +142,6 @@ def main(
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, get_scheduler, set_seed
 
-    judges = load_rules(rules) if rules else {}
     config = load(AutoConfig, model_name_or_path, trust_remote_code=trust_remote_code)
     chat = Chat(load(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code), template)
     check_tokenizer(chat, config)
@@ -222,7 +221,10 @@ def main(
 
         # Score them: text goes to the reward model, whose template and tokens are its own
         for answer in answers:
-            answer["rules"] = run_rules(judges, answer["messages"], answer["text"], answer["finished"], answer["record"], answer["where"])
+            try:
+                answer["rules"] = run_rules(judges, answer["messages"], answer["text"], answer["finished"], answer["record"], answer["where"])
+            except BadInput as problem:  # in this rank's answers alone, so this rank has to say it
+                raise RunStopped(str(problem), status=2) from None
             answer["score"] = sum(judges[name][0] * said for name, said in answer["rules"].items()) - missing_eos_penalty * (not answer["finished"])
         if judge:
             model.set_adapter("reward" if judge.shared else "default")
@@ -304,8 +306,8 @@ def main(
 
 
 # ---- what goes in ----
-def check_ppo(flags: dict) -> None:
-    """What can be refused before torch is imported; then the flags are shown."""
+def check_ppo(flags: dict) -> dict:
+    """The rules, and what can be refused before torch is imported; then the flags are shown."""
     if flags["deepspeed"]:
         raise BadInput("--deepspeed: ZeRO-3 would gather every layer for every token of an answer, and LoRA leaves ZeRO-2 next to nothing to spread: leave it "
                        "out. A base that is too large for one GPU may fit in 4 bit (--bits 4); beyond that, README shows OpenRLHF and verl")
@@ -314,6 +316,8 @@ def check_ppo(flags: dict) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise BadInput(f"--model_name_or_path={folder} is an adapter: merge it into its base first (merge_lora.py), so that the KL is taken to both")
     check_model(str(folder), flags["allow_pickle"])
+    if (folder / "config.json").is_file() and "Classification" in str(read_json(folder / "config.json").get("architectures")):
+        raise BadInput(f"--model_name_or_path={folder} is a reward model, which writes no answers: give the chat model that is to learn")
     check_output_dir(flags["output_dir"], flags["resume"], str(folder))
     check_numbers(flags)
     check_positive(**{name: flags[name] for name in ("rollout_batch_size", "num_generations", "per_device_rollout_batch_size", "temperature", "ppo_epochs",
@@ -331,7 +335,9 @@ def check_ppo(flags: dict) -> None:
         raise BadInput(f"--num_generations={flags['num_generations']}: {flags['advantage']} compares answers to one prompt, give 2 or more, or --advantage gae")
     if flags["max_new_tokens"] >= flags["max_length"]:
         raise BadInput(f"--max_new_tokens={flags['max_new_tokens']} leaves no room for a prompt in --max_length={flags['max_length']}")
+    judges = load_rules(flags["rules"]) if flags["rules"] else {}
     show(flags)
+    return judges
 
 
 def facts_of(flags: dict) -> dict:
@@ -398,7 +404,7 @@ def join_ranks(precision: str):
 def load_judge(model, reward_model: str, base_fingerprint: str | None, given: dict):
     """The reward model, as read_rewards takes it. An adapter of the policy's own base goes into `model` and shares it; any other is loaded beside."""
     import torch
-    from peft import AutoPeftModelForSequenceClassification, LoraConfig, set_peft_model_state_dict
+    from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -412,20 +418,29 @@ def load_judge(model, reward_model: str, base_fingerprint: str | None, given: di
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
         weights = load_file(folder / "adapter_model.safetensors")
         head = torch.nn.Linear(base.config.hidden_size, 1, bias=False, device=base.device)
-        head.load_state_dict({"weight": weights.pop(next((name for name in weights if name.endswith("score.weight")), None))})
+        score = weights.pop(next((name for name in weights if name.endswith("score.weight")), ""), None)
+        if score is None or score.shape != head.weight.shape:
+            raise BadInput(f"--reward_model={reward_model} has no head that gives one reward: train one with train_reward.py")
+        head.load_state_dict({"weight": score})
         model.add_adapter("reward", config)
         set_peft_model_state_dict(model, weights, "reward")
+        if missing := get_peft_model_state_dict(model, adapter_name="reward", save_embedding_layers=False).keys() - weights.keys():
+            raise BadInput(f"--reward_model={reward_model} lacks {len(missing)} tensors, {min(missing)} for one")
     elif (folder / "adapter_config.json").is_file():
+        if made_on and fingerprint(config.base_model_name_or_path) not in (None, made_on):
+            raise BadInput(f"--reward_model={reward_model} was trained on another model than {config.base_model_name_or_path} is now")
         base = load(AutoPeftModelForSequenceClassification, reward_model, num_labels=1, **given).get_base_model().eval()
     else:
         base = load(AutoModelForSequenceClassification, reward_model, output_loading_info=True, **given).eval()
+    if not shared and (base.config.num_labels != 1 or not hasattr(base, "score")):
+        raise BadInput(f"--reward_model={reward_model} gives {base.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
     head = head if shared else base.score.float()  # in 16 bit two good answers would often get one reward
     score = torch.autocast(base.device.type, enabled=False)(head.forward)
     return SimpleNamespace(chat=chat, shared=shared, head=head, base_model=base.base_model, score=score)
 
 
 def add_critic(model, lora, judge):
-    """The critic: an adapter of its own in `model`, and the head that is returned, (1, D). Both begin as the reward model's, where that is an adapter too."""
+    """The critic: an adapter of its own in `model`, and the head that is returned, (1, D): the reward model's at first, where that shares the base."""
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -742,7 +757,9 @@ def reward_ids(chat: Chat, messages: list[dict], answer: str, finished: bool) ->
     if not finished:
         ids = ids[:-1]  # the stop token; before it a template may have a blank or a line break of its own
         decoded = lambda ids: chat.tokenizer.decode(ids, skip_special_tokens=True)
-        before, said, _ = decoded(ids).rpartition(answer if answer in decoded(ids) else answer.strip())  # ziya strips it
+        said = answer if answer in decoded(ids) else answer.strip()  # ziya strips it
+        before = decoded(ids).rpartition(said)[0] if said else ""
+        ids = ids if said else []  # cut before it said anything
         while said and decoded(ids[:-1]).startswith(before + said):
             ids = ids[:-1]
     return [i for part, _ in prompt for i in part] + ids
@@ -781,13 +798,13 @@ def speed_up_lora(model) -> None:
 
     def forward(self, x, *_, **__):
         result = self.base_layer(x)
-        for name in [] if self.disable_adapters else self.active_adapters:
+        for name in [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]:
             low = self.lora_A[name](self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
             result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name])
         return result
 
     for module in model.modules():  # DoRA, quantized and ZeRO-3's sharded layers keep peft's own
-        if type(module) is Linear and not module.use_dora[module.active_adapters[0]] and not hasattr(module.base_layer.weight, "ds_id"):
+        if type(module) is Linear and not any(module.use_dora.values()) and not hasattr(module.base_layer.weight, "ds_id"):
             module.forward = MethodType(forward, module)
 
 

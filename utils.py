@@ -670,8 +670,9 @@ def preference_record(row: dict, unescape_newlines: bool, notes: Counter) -> dic
         notes["empty answer"] += not answers[name].strip()
     if answers["chosen"] == answers["rejected"]:
         raise BadInput("chosen and rejected are the same text: nothing can be learned from them")
-    for name in {"question", "prompt"} & asked.keys():  # MedicalGPT, trl
-        asked.setdefault("messages" if isinstance(asked[name], list) else "instruction", asked.pop(name))
+    for name in ("question", "prompt"):  # MedicalGPT, trl
+        if name in asked:
+            asked.setdefault("messages" if isinstance(asked[name], list) else "instruction", asked.pop(name))
     messages = clean_messages(row_turns(asked, notes), unescape_newlines, notes)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise BadInput("its question does not end with a user's turn, so chosen and rejected answer nothing")

@@ -37,7 +37,7 @@ def repetition(prompt: str, answer: str, finished: bool, record: dict) -> float:
 
 def chinese(prompt: str, answer: str, finished: bool, record: dict) -> float:
     """Share of Chinese among the letters, code between ``` aside; 0 where there is no letter at all, 1 where the record's `language` is not zh."""
-    if record.get("language", "zh") != "zh":
+    if (record.get("language") or "zh") != "zh":
         return 1.0
     text = re.sub(r"```.*?(```|\Z)", "", answer, flags=re.DOTALL)
     letters = LETTER.findall(text)
@@ -54,7 +54,8 @@ def number(prompt: str, answer: str, finished: bool, record: dict) -> float:
     if record.get("ground_truth") in (None, ""):
         return 1.0
     value = lambda text: [float(found.replace(",", "")) for found in re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text)]
-    said, true = value(answer), value(str(record["ground_truth"]))
+    truth = record["ground_truth"]
+    said, true = value(answer), [float(truth)] if isinstance(truth, (int, float)) else value(truth)
     if not true:
         raise ValueError(f"ground_truth holds no number: {record['ground_truth']!r}")
     return float(bool(said) and abs(said[-1] - true[-1]) <= 1e-6 * max(1, abs(true[-1])))

@@ -40,7 +40,10 @@ from collections import Counter
 from score_records import GOOD, prompt_messages
 from utils import read_rows
 path, out, held_out = sys.argv[1], sys.argv[2], int(sys.argv[3])
-rows = [row | {"messages": prompt_messages(row)} for row in read_rows(path, Counter())]
+rows = list(read_rows(path, Counter()))
+if not 0 < held_out < len(rows):
+    sys.exit(f"error: HELD_OUT={held_out} must be from 1 to {len(rows) - 1}")
+rows = [row | {"messages": prompt_messages(row)} for row in rows]
 rows = [{name: value for name, value in row.items() if name not in ("prompt", "system", "answer", "answers", "finished")} for row in rows]
 with_verdict = [row | {"messages": row["messages"][:-1] + [{"role": "user", "content": f"{row['messages'][-1]['content']}\n\n{GOOD}"}]} for row in rows]
 for name, part in (("prompts", rows[:-held_out]), ("held_out_good", with_verdict[-held_out:]), ("held_out", rows[-held_out:])):
@@ -87,8 +90,13 @@ for name in start sft hfft cohft dpo ppo; do
   [[ $name == sft ]] && model=(--model_name_or_path "$TUNED")
   [[ $name == cohft ]] && held=$OUT/held_out_good.jsonl  # asked for what it has learned to tell apart
   ask "${model[@]}" --input_file "$held" --output_file "$OUT/answers_$name.jsonl" --num_return_sequences 4
+  judged=$OUT/answers_$name.jsonl
+  if [[ $name == cohft ]]; then  # the reward model reads the question that the others were asked
+    sed 's/\\n\\n请给出一个好的回答。//' "$judged" > "$OUT/judged_cohft.jsonl"
+    judged=$OUT/judged_cohft.jsonl
+  fi
   [[ -s $OUT/table_$name.json ]] || { rm -f "$OUT/table_$name.jsonl"; score --by reward --reward_model "$OUT/reward" --model_name_or_path "$TUNED" \
-    --rules "$RULES_FILE:$JUDGES" --data_path "$OUT/answers_$name.jsonl" --output_file "$OUT/table_$name.jsonl" > "$OUT/.table.json"
+    --rules "$RULES_FILE:$JUDGES" --data_path "$judged" --output_file "$OUT/table_$name.jsonl" > "$OUT/.table.json"
     mv "$OUT/.table.json" "$OUT/table_$name.json"; }
 done
 python - "$OUT" start sft hfft cohft dpo ppo << 'TABLE'

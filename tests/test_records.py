@@ -176,3 +176,8 @@ def test_a_preference_without_two_answers_to_one_question_is_refused(tmp_path, r
     (tmp_path / "pair.jsonl").write_text(json.dumps(row), "utf-8")
     with pytest.raises(BadInput, match=said):
         list(numbered_records(str(tmp_path / "pair.jsonl"), preference=True))
+
+
+def test_a_row_with_two_names_for_its_question_is_read_the_same_way_each_time(tmp_path):
+    (tmp_path / "pair.jsonl").write_text(json.dumps({"prompt": "乙", "question": "甲", "chosen": "好", "rejected": "坏"}), "utf-8")
+    assert next(numbered_records(str(tmp_path / "pair.jsonl"), preference=True))[1]["messages"][0]["content"] == "甲"

@@ -73,3 +73,9 @@ def test_a_rule_is_asked_with_the_last_question_and_the_row_of_the_file(tmp_path
     (tmp_path / "mine.py").write_text("def mine(prompt, answer, finished, record):\n    return (prompt, answer, finished, record) == ('二', '答', False, {'id': 7})\n")
     messages = [{"role": "user", "content": "一"}, {"role": "assistant", "content": "好"}, {"role": "user", "content": "二"}]
     assert run_rules(load_rules(f"{tmp_path / 'mine.py'}:mine=3"), messages, "答", False, {"id": 7}, "here") == {"mine": 1.0}
+
+
+def test_a_column_that_is_empty_asks_for_nothing_else_and_a_tiny_number_is_itself():
+    for empty in (None, ""):
+        assert rules.chinese("?", "hello world", True, {"language": empty}) == 0.0
+    assert rules.number("?", "0.00001", True, {"ground_truth": 0.00001}) == 1.0
