@@ -134,7 +134,10 @@ def plot(task: str, logs: dict[str, Path]) -> None:
     if not found:
         return
     figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, (label, of) in zip(figure.subplots(2, 3).flat, curves.items()):
+    panels = list(figure.subplots(2, 3).flat)
+    for axes in panels[len(curves):]:
+        axes.axis("off")
+    for axes, (label, of) in zip(panels, curves.items()):
         for name, entries in found.items():
             axes.plot([entry["step"] for entry in entries], [of(entry) for entry in entries], marker=".", label=name)
         axes.set(xlabel="update", ylabel=label)

@@ -91,7 +91,7 @@ for name in start sft hfft cohft dpo ppo; do
   [[ $name == cohft ]] && held=$OUT/held_out_good.jsonl  # asked for what it has learned to tell apart
   ask "${model[@]}" --input_file "$held" --output_file "$OUT/answers_$name.jsonl" --num_return_sequences 4
   judged=$OUT/answers_$name.jsonl
-  if [[ $name == cohft ]]; then  # the reward model reads the question that the others were asked
+  if [[ $name == cohft && -f $judged ]]; then  # the reward model reads the question that the others were asked
     sed 's/\\n\\n请给出一个好的回答。//' "$judged" > "$OUT/judged_cohft.jsonl"
     judged=$OUT/judged_cohft.jsonl
   fi

@@ -12,4 +12,4 @@ fi
 wheel=$(python -m pip cache list llama_cpp_python --format abspath 2> /dev/null | grep -m 1 -- '-0\.3\.36-') \
   && python -m pip install --quiet --disable-pip-version-check "$wheel" || echo "llama.cpp is not at hand: what it does with exported files is not tested" >&2
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one thread each for as many processes as there are cores
-exec python -m pytest -q -n "${WORKERS:-2}" --dist loadfile tests "$@"
+exec python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder tests "$@"

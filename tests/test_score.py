@@ -330,8 +330,6 @@ def test_a_policy_adapter_is_no_reward_model(tmp_path, reward_adapter, model_fol
 
 # ---- the whole stage as one command ----
 def test_every_step_of_human_feedback_gives_flags_that_its_script_has_and_is_skipped_when_done(calls, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "answers_cohft.jsonl").write_text("")  # which generate.py would have written
     steps = [words[1:] for words in calls("bash", "scripts/human_feedback.sh", OUT="out", PROMPTS="my prompts.jsonl") if words[1].endswith(".py") and "/" not in words[1]]
     for script, *words in steps:
         assert {word.removeprefix("--") for word in words if word.startswith("--")} <= flags_of(script).keys(), (script, words)
