@@ -58,7 +58,7 @@ def main(
     source, result, flag = (target, delta, "delta") if make else (delta, target, "target")
     if os.path.exists(result) and (not os.path.isdir(result) or os.listdir(result)):
         raise BadInput(f"--{flag}={result} exists already: give a new folder, or remove it first")
-    if os.path.ismount(result):
+    if os.path.isdir(result) and os.path.ismount(result):
         raise BadInput(f"--{flag}={result} is a mount point, onto which no result can be renamed: give a folder inside it")
     if not make and Path(source, "adapter_config.json").is_file():
         raise BadInput(f"{source} is a LoRA adapter, no delta: merge_lora.py merges it into its base")
@@ -361,7 +361,10 @@ def unfinished_folder(folder: Path, size: int, flag: str):
     """A folder, which --flag gave, that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
     folder = folder.resolve()  # a link cannot be renamed onto
     unfinished = folder.parent / f".{folder.name}-unfinished"  # a fixed name: the next run clears away what a killed one left
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:  # a name that is too long, a file system that takes no folders
+        raise BadInput(f"--{flag}={str(folder)[:60]} cannot be written: {problem.strerror}") from None
     lock = os.open(unfinished, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

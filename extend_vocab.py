@@ -630,7 +630,10 @@ def unfinished_folder(folder: Path, size: int, flag: str):
     """A folder, which --flag gave, that is there whole or not at all: write `size` bytes to the path this yields, it is renamed at the end."""
     folder = folder.resolve()  # a link cannot be renamed onto
     unfinished = folder.parent / f".{folder.name}-unfinished"  # a fixed name: the next run clears away what a killed one left
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:  # a name that is too long, a file system that takes no folders
+        raise BadInput(f"--{flag}={str(folder)[:60]} cannot be written: {problem.strerror}") from None
     lock = os.open(unfinished, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

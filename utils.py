@@ -817,8 +817,8 @@ _COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_s
            "beta")
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
-          "early_stopping_patience", "dataloader_num_workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")
-_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256,  # each worker is a process
+          "early_stopping_patience", "dataloader_num_workers", "workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")
+_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256, "workers": 256,  # each is a process
          "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0)}
 
 
