@@ -1,7 +1,8 @@
 """Reward model: learn from pairs of answers which one people prefer, as one number (arXiv:2203.02155, step 2).
 
 Reads   a tuned model and preference records of any format in sample/README.md
-Writes  output_dir/, for AutoModelForSequenceClassification: the model, or the adapter with the head. Next: score_records.py, train_ppo.py
+Writes  output_dir/: with --train full the model, for AutoModelForSequenceClassification as it is; else an adapter with the head, which
+        needs num_labels=1 and the pad_token_id of the tokenizer beside it. Next: score_records.py, train_ppo.py
 
     bash scripts/train_reward.sh                                             # every GPU of this machine, or the CPU
     python train_reward.py --model_name_or_path M --data_path D --eval_size 0.1
@@ -219,7 +220,7 @@ def reward_forward(self, input_ids, labels, num_items_in_batch=1, position_ids=N
     hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **lengths)[0]
     answered = labels != IGNORE_INDEX
     last = answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1))  # the stop token of each answer
-    with torch.autocast(hidden.device.type, enabled=False):  # the head is fp32
+    with torch.autocast(hidden.device.type, enabled=False):  # the head is fp32, but where DeepSpeed has cast it
         rewards = self.score(hidden[last].to(self.score.weight.dtype)).float()[:, 0]  # (2P,)
     chosen, rejected = rewards[::2], rewards[1::2]
     losses = torch.nn.functional.softplus(rejected - chosen) + center * (chosen + rejected) ** 2
