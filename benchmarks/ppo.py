@@ -1,10 +1,11 @@
-"""What rewards do to the default model: Chinese answers by rules (GRPO, PPO, and without the rule against repetition), and sums with a true answer.
+"""What rewards do to the default model: Chinese answers by rules (GRPO, PPO, and without the rule against repetition), sums with a true answer,
+and a reward model as the only reward, with rules that it never saw as the judge of what comes of that.
 
     python benchmarks/ppo.py --data_dir ../shared/data --work_dir output/bench_ppo      # two CPU threads, hours; each run goes on where it was
 
 First a short SFT (finetune_lora.py, merge_lora.py) on short answers, in English and Chinese, so that the model stops by itself; then train_ppo.py
-with each way. The pictures are made of their log.jsonl and may be looked at while a run goes on. `--only speed` compares the sampling with plain
-model.generate of the same batch; where an update's time goes stands in log.jsonl ("seconds").
+with each way. The pictures are made of their log.jsonl and may be looked at while a run goes on; where an update's time goes stands there as well.
+`--only speed` compares the sampling with plain model.generate of the same batch. The reward model is one of benchmarks/preferences.py.
 """
 import json
 import random
@@ -25,12 +26,15 @@ CHINESE = {  # run: its flags
     "PPO": {"advantage": "gae", "rules": RULES + "finished=1,chinese=1,repetition=1"},
 }
 SUMS = {"GRPO, sums": {"advantage": "grpo", "rules": RULES + "number=1"}}
+JUDGED = {"advantage": "grpo", "rules": RULES + "finished=0,chinese=0,repetition=0", "missing_eos_penalty": 0}  # rules without weight only look on
+REWARD_MODEL = {f"reward model, beta {beta}": JUDGED | {"kl_coef": beta} for beta in (0, 0.1)}
 
 
 def main(
     *,
     data_dir: str = "../shared/data",
     work_dir: str = "output/bench_ppo",
+    reward_model: str = "",
     only: str = "",
     max_steps: int = 30,
     rollout_batch_size: int = 4,
@@ -38,11 +42,12 @@ def main(
     max_new_tokens: int = 48,
     draw: bool = False,
 ):
-    """Train, and draw benchmarks/ppo_chinese.png and ppo_sums.png.
+    """Train, and draw ppo_chinese.png, ppo_sums.png and ppo_reward_model.png in benchmarks/.
 
     Args:
         data_dir: Folder with the data; see its README for what it is.
         work_dir: Folder for models and runs.
+        reward_model: Folder of a reward model; without it its runs are left out.
         only: Name of the one run to make; speed compares the sampling alone.
         max_steps: Updates of each run.
         rollout_batch_size: Prompts of an update.
@@ -54,15 +59,17 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     if only == "speed":
         return speed(str(tuned(work, "chinese", chinese_data, data_dir)), rollout_batch_size * num_generations, max_new_tokens)
-    for task, runs, make in (("chinese", CHINESE, chinese_data), ("sums", SUMS, sums_data)):
-        for name in [name for name in runs if only in ("", name) and not draw]:
-            model, out = tuned(work, task, make, data_dir), work / name.replace(", ", "-").replace(" ", "-")
+    for task, runs in (("chinese", CHINESE), ("sums", SUMS), ("reward_model", REWARD_MODEL)):
+        for name in [name for name in runs if only in ("", name) and not draw and (task != "reward_model" or reward_model)]:
+            asked, make = ("sums", sums_data) if task == "sums" else ("chinese", chinese_data)
+            model, out = tuned(work, asked, make, data_dir), work / name.replace(", ", "-").replace(" ", "-")
             if task == "sums":
                 accuracy(model, None, work)
             if not (out / "adapter_model.safetensors").exists():
-                run("train_ppo.py", model_name_or_path=model, data_path=work / f"{task}_prompts.jsonl", output_dir=out, template="chatml", max_length=128,  # its own template adds a system text
-                    max_new_tokens=max_new_tokens if task == "chinese" else 4, learning_rate=1e-3, kl_coef=0.02, gradient_checkpointing=False, save_steps=2,
-                    per_device_rollout_batch_size=rollout_batch_size * num_generations, resume=(out / "run.json").exists(), **sizes, **runs[name])
+                flags = {"kl_coef": 0.02} | runs[name] | ({"reward_model": Path(reward_model).resolve()} if task == "reward_model" else {})
+                run("train_ppo.py", model_name_or_path=model, data_path=work / f"{asked}_prompts.jsonl", output_dir=out, resume=(out / "run.json").exists(),
+                    template="chatml", max_length=128, max_new_tokens=4 if task == "sums" else max_new_tokens, learning_rate=1e-3, save_steps=2,  # its own
+                    gradient_checkpointing=False, per_device_rollout_batch_size=rollout_batch_size * num_generations, **sizes, **flags)  # adds a system text
             if task == "sums":
                 accuracy(model, out, work)
         plot(task, {name: work / name.replace(", ", "-").replace(" ", "-") / "log.jsonl" for name in runs})
@@ -127,9 +134,10 @@ def plot(task: str, logs: dict[str, Path]) -> None:
     from matplotlib.figure import Figure
 
     found = {name: [json.loads(line) for line in path.read_text("utf-8").splitlines()] for name, path in logs.items() if path.is_file()}
-    curves = {"chinese": lambda entry: entry["rules"].get("chinese"), "repetition": lambda entry: entry["rules"].get("repetition"),
-              "number": lambda entry: entry["rules"].get("number"), "finished": lambda entry: entry["finished"], "length": lambda entry: entry["length"],
-              "KL, nats a token": lambda entry: entry["kl"], "explained variance": lambda entry: entry.get("explained_variance")}
+    curves = {"reward model": lambda entry: entry.get("reward_model"),
+              **{name: lambda entry, name=name: entry["rules"].get(name) for name in ("chinese", "repetition", "number")},
+              "finished": lambda entry: entry["finished"], "length": lambda entry: entry["length"], "KL, nats a token": lambda entry: entry["kl"],
+              "explained variance": lambda entry: entry.get("explained_variance")}
     curves = {label: of for label, of in curves.items() if any(of(entry) is not None for entries in found.values() for entry in entries)}
     if not found:
         return
@@ -146,7 +154,9 @@ def plot(task: str, logs: dict[str, Path]) -> None:
     figure.savefig(ROOT / "benchmarks" / f"ppo_{task}.png", dpi=110)
     for name, entries in found.items():
         mean = lambda label, part: statistics.mean(curves[label](entry) or 0 for entry in part)
-        print(f"| {name} | {len(entries)} updates | " + " | ".join(f"{label} {mean(label, entries[:3]):.2f} -> {mean(label, entries[-3:]):.2f}" for label in curves) + " |")
+        spent = {part: sum(entry["seconds"][part] for entry in entries) for part in entries[0]["seconds"]}
+        print(f"| {name} | {len(entries)} updates | " + " | ".join(f"{label} {mean(label, entries[:3]):.2f} -> {mean(label, entries[-3:]):.2f}" for label in curves)
+              + " | " + ", ".join(f"{part} {seconds / sum(spent.values()):.0%}" for part, seconds in spent.items()) + " of the time |")
 
 
 def speed(model: str, answers: int, new_tokens: int, repeats: int = 3) -> None:
