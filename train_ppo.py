@@ -70,7 +70,7 @@ def main(
     num_mini_batches: int = 1,
     per_device_train_batch_size: int = 1,
     learning_rate: float = 1e-4,
-    lr_scheduler_type: str = "constant",
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant",
     max_grad_norm: float = 1.0,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
@@ -118,7 +118,7 @@ def main(
         num_mini_batches: Steps of the optimizer in each pass.
         per_device_train_batch_size: Blocks per step and GPU.
         learning_rate: Peak of the schedule.
-        lr_scheduler_type: Schedule: cosine, linear, constant_with_warmup or another of transformers.
+        lr_scheduler_type: Schedule: constant, linear or cosine.
         max_grad_norm: A longer gradient is shortened to this.
         precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
