@@ -18,6 +18,13 @@ def add(what: str, unit: str, ours: list[float], peer: str, theirs: list[float])
             stream.write(json.dumps(dict(what=what, unit=unit, ours=ours, peer=peer, theirs=theirs), ensure_ascii=False) + "\n")
 
 
+def pairwise(ours: list[float], theirs: list[float]) -> list[float]:
+    """The ratios of runs that took turns, so that an hour in which the machine was slower tells nothing; else that of the medians."""
+    if len(ours) == len(theirs):
+        return [mine / other for mine, other in zip(ours, theirs)]
+    return [statistics.median(ours) / statistics.median(theirs)]
+
+
 def machine() -> str:
     """What the figures were measured on."""
     read = lambda file, key: next((line.split(":")[1].strip() for line in open(file) if line.startswith(key)), "?")
@@ -27,11 +34,10 @@ def machine() -> str:
 
 
 def main(*files: str) -> None:
-    show = lambda values: f"{statistics.median(values):,.4g}" + f" ({min(values):,.4g} to {max(values):,.4g})" * (len(values) > 1)
-    print(f"{machine()}\n\n| figure | unit | ours: median (spread) | peer | theirs: median (spread) | ours / theirs |\n|---|---|---|---|---|---|")
+    show = lambda values, digits=4: f"{statistics.median(values):,.{digits}g}" + f" ({min(values):,.{digits}g} to {max(values):,.{digits}g})" * (len(values) > 1)
+    print(f"{machine()}\n\n| figure | unit | ours: median (spread) | peer | theirs: median (spread) | ours / theirs, pair by pair |\n|---|---|---|---|---|---|")
     for row in (json.loads(line) for file in files for line in Path(file).read_text("utf-8").splitlines()):
-        ratio = statistics.median(row["ours"]) / statistics.median(row["theirs"])
-        print(f"| {row['what']} | {row['unit']} | {show(row['ours'])} | {row['peer']} | {show(row['theirs'])} | {ratio:.2f} |")
+        print(f"| {row['what']} | {row['unit']} | {show(row['ours'])} | {row['peer']} | {show(row['theirs'])} | {show(pairwise(row['ours'], row['theirs']), 3)} |")
 
 
 if __name__ == "__main__":

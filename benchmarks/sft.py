@@ -1,6 +1,7 @@
 """Supervised tokens a second and peak memory of one training step, against trl's SFTTrainer with packing.
 
     python benchmarks/sft.py --data_dir ../shared/data      # two CPU threads, about 20 minutes
+    python benchmarks/sft.py --profile True                 # where the time of our steps goes, with the cores' own rate in matrix products
 
 Both train the same random LLaMA (12 layers, 512 wide, vocabulary 8,192, fp32), LoRA with r = 8 on all linear layers or
 all weights, on the same records, once each, with the same optimizer, in processes of their own that take turns. The
@@ -9,6 +10,7 @@ records are the first that fit max_length, so that neither side cuts any. Time i
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,15 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.report import add
+from benchmarks.report import add, pairwise
 from utils import Chat, cli, make_blocks, numbered_records, tokenize_records
 
 ROWS = {  # name: file, max_length, records, LoRA or all weights
-    "LoRA, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 40, True),
-    "LoRA, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 120, True),
-    "full, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 30, False),
-    "full, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 80, False),
-    "pretraining, paragraphs, 1,024": ("text/三国演义.txt", 1024, 250, False),
+    "LoRA, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 20, True),
+    "LoRA, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 60, True),
+    "full, long dialogues, 2,048": ("dialogue/sharegpt_zh_1K.jsonl", 2048, 15, False),
+    "full, short records, 1,024": ("sft/alpaca_zh_demo.json", 1024, 40, False),
+    "pretraining, paragraphs, 1,024": ("text/三国演义.txt", 1024, 45, False),
 }
 
 
@@ -38,6 +40,7 @@ def main(
     side: Literal["both", "ours", "theirs"] = "both",
     row: str = "",
     only: str = "",
+    profile: bool = False,
 ):
     """Print a table of supervised tokens a second and peak memory, ours and theirs.
 
@@ -49,10 +52,13 @@ def main(
         side: Which side this process runs; both starts a process for each run.
         row: Which row of the table this process runs.
         only: Part of the names of the rows to run; else all.
+        profile: Print the share and rate of matrix products in our steps instead.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if side != "both":
         return print(json.dumps((ours if side == "ours" else theirs)(*prepare(Path(data_dir), row))))
+    if profile:
+        return print_profile(Path(data_dir), [name for name in ROWS if only in name], threads)
     print(f"| records, max_length | side | supervised tokens/s | spread | peak memory | real tokens | ours / {peer} |\n|---|---|---|---|---|---|---|")
     for name in [name for name in ROWS if only in name]:
         results = {"ours": [], "theirs": []}
@@ -62,7 +68,7 @@ def main(
                 results[who].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]))
         speed = {who: [run["supervised_tokens"] / run["seconds"] for run in runs] for who, runs in results.items()}
         for who, runs in results.items():
-            ratio = statistics.median(speed["ours"]) / statistics.median(speed["theirs"])
+            ratio = statistics.median(pairwise(speed["ours"], speed["theirs"]))
             memory = statistics.median(run["peak_memory_bytes"] for run in runs)
             print(f"| {name} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
                   f"| {memory / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
@@ -151,8 +157,34 @@ def ours(chat, rows, max_length, lora) -> dict:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    tokens, supervised, _ = trainer.seen
+    tokens, supervised, *_ = trainer.seen
     return {"supervised_tokens": int(supervised), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": tokens / positions}
+
+
+def print_profile(data_dir: Path, names: list[str], threads: int) -> None:
+    """For each row: share of the time in matrix products, attention kernels and the rest, and the rate of the products beside that of large square ones."""
+    import torch
+
+    torch.set_num_threads(threads)
+    matrix = torch.randn(2048, 2048)
+    matrix @ matrix
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        matrix @ matrix
+        rates.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+    print(f"the cores' own: {statistics.median(rates):.0f} GFLOP/s\n\n| records, max_length | matrix products | attention | the rest | GFLOP/s in products |\n|---|---|---|---|---|")
+    for name in names:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
+            ours(*prepare(data_dir, name))
+        events = [event for event in seen.key_averages() if event.key.startswith("aten::")]  # the data loader and Trainer are left out
+        kinds = {"products": r"aten::(mm|addmm_?|bmm|baddbmm)$", "attention": "flash_attention"}
+        spent = {kind: sum(event.self_cpu_time_total for event in events if re.search(pattern, event.key)) for kind, pattern in kinds.items()}
+        total, flops = sum(event.self_cpu_time_total for event in events), sum(event.flops for event in events if re.search(kinds["products"], event.key))
+        rest = 1 - sum(spent.values()) / total
+        print(f"| {name} | {spent['products'] / total:.0%} | {spent['attention'] / total:.0%} | {rest:.0%} | {flops / spent['products'] / 1e3:.0f} |", flush=True)
+        for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:8]:
+            print(f"    {event.key} {event.self_cpu_time_total / total:.1%}", file=sys.stderr)
 
 
 def theirs(chat, rows, max_length, lora) -> dict:
