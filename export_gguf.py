@@ -96,13 +96,15 @@ def main(
 
     # ---- export ----
     size = sum(nbytes(shape, kind) for _, _, shape, kind in plan) + sum(len(token.encode()) + 16 for token in vocabulary["tokens"] + vocabulary["merges"])
-    with whole_file(file, size) as unfinished:
-        write_gguf(unfinished, base, config, vocabulary, plan, type)
     template, stops = "{{ .Prompt }}", []
     if chat:
         template, stops = ollama_template(chat, vocabulary["add_bos_token"]), [json.dumps(token) for token in tokenizer.convert_ids_to_tokens(chat.stop_ids)]
-    if template is not None:
-        modelfile.write_text(f'FROM ./{file.name}\nTEMPLATE """{template}"""\n' + "".join(f"PARAMETER stop {stop}\n" for stop in stops), "utf-8")
+    with whole_file(file, size) as unfinished:
+        write_gguf(unfinished, base, config, vocabulary, plan, type)
+        if template is not None:  # before the model has its name: what fails here leaves neither
+            (beside := unfinished.with_suffix(".Modelfile")).write_text(
+                f'FROM ./{file.name}\nTEMPLATE """{template}"""\n' + "".join(f"PARAMETER stop {stop}\n" for stop in stops), "utf-8")
+            beside.replace(modelfile)
 
     # ---- look ----
     equal = compare_ids(file, tokenizer, chat, vocabulary, eval_path)

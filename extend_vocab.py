@@ -434,6 +434,8 @@ def find_tables(base: "Weights", tokens: int) -> tuple[list[str], int]:
     for endings, needed in ((EMBEDDINGS, True), (HEADS, not config.tie_word_embeddings)):
         if needed and not any(name.endswith(endings) for name in found):
             raise BadInput(f"{base.folder} has no {' or '.join(endings)} in its weights: they are not those of its config.json")
+    if biases := [name for name in base.tensors if name.endswith(tuple(head.replace("weight", "bias") for head in HEADS))]:
+        raise BadInput(f"{base.folder} has a bias in its head ({biases[0]}), as no LLaMA has: its new pieces would have none")
     for name in [name for name in found if len(base.tensors[name]) != config.vocab_size]:
         raise BadInput(f"{base.folder}: {name} has {len(base.tensors[name]):,} rows, config.json says {config.vocab_size:,}")
     if not tokens <= config.vocab_size < tokens + 1024:  # some models have a few hundred rows that no token uses

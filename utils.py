@@ -752,7 +752,7 @@ def cli(main) -> None:
         if re.search("out of memory|can't allocate memory", str(problem)) or isinstance(problem, MemoryError):
             lower = [f"--{name}" for name in inspect.signature(main).parameters if re.fullmatch("max_length|max_new_tokens|bits|.*batch_size", name)]
             said = (str(problem) or "MemoryError").splitlines()[0][:150]
-            print(f"error: out of memory ({said}): lower {', '.join(lower) or 'what is loaded at once'}; estimate_memory.py says what a card holds", file=sys.stderr)
+            print(f"error: out of memory ({said}): lower {', '.join(lower) or 'what is loaded'}; estimate_memory.py says what a card holds", file=sys.stderr)
             sys.exit(1)
         if not re.search("No space left|file write failed", str(problem)):
             raise

@@ -23,7 +23,8 @@ RULES = f"{ROOT / 'sample' / 'rules.py'}:"
 CHINESE = {  # run: its flags
     "GRPO": {"advantage": "grpo", "rules": RULES + "finished=1,chinese=1,repetition=1"},
     "GRPO, repetition unpaid": {"advantage": "grpo", "rules": RULES + "finished=1,chinese=1,repetition=0"},
-    "PPO": {"advantage": "gae", "rules": RULES + "finished=1,chinese=1,repetition=1", "learning_rate": 2e-4, "num_mini_batches": 3},  # at 1e-3 its critic overshoots
+    "PPO": {"advantage": "gae", "rules": RULES + "finished=1,chinese=1,repetition=1",
+            "learning_rate": 2e-4, "num_mini_batches": 3},  # at 1e-3 its critic overshoots
 }
 SUMS = {"GRPO, sums": {"advantage": "grpo", "rules": RULES + "number=1"}}
 JUDGED = {"advantage": "grpo", "rules": RULES + "finished=0,chinese=0,repetition=0", "missing_eos_penalty": 0}  # rules without weight only look on
@@ -67,9 +68,10 @@ def main(
                 accuracy(model, None, work)
             if not (out / "adapter_model.safetensors").exists():
                 flags = {"kl_coef": 0.02, "learning_rate": 1e-3} | runs[name] | ({"reward_model": Path(reward_model).resolve()} if task == "reward_model" else {})
-                run("train_ppo.py", model_name_or_path=model, data_path=work / f"{asked}_prompts.jsonl", output_dir=out, resume=(out / "run.json").exists(),
-                    template="chatml", max_length=128, max_new_tokens=4 if task == "sums" else max_new_tokens, save_steps=2,  # its own adds
-                    gradient_checkpointing=False, per_device_rollout_batch_size=rollout_batch_size * num_generations, **sizes, **flags)  # a system text
+                run("train_ppo.py", model_name_or_path=model, data_path=work / f"{asked}_prompts.jsonl", output_dir=out, save_steps=2,
+                    template="chatml",  # its own adds a system text
+                    max_length=128, max_new_tokens=4 if task == "sums" else max_new_tokens, gradient_checkpointing=False,
+                    per_device_rollout_batch_size=rollout_batch_size * num_generations, resume=(out / "run.json").exists(), **sizes, **flags)
             if task == "sums":
                 accuracy(model, out, work)
         plot(task, {name: work / name.replace(", ", "-").replace(" ", "-") / "log.jsonl" for name in runs})

@@ -505,6 +505,9 @@ def test_a_base_that_is_not_whole_is_refused(bases, tmp_path, extend):
     save_file({name: tensor for name, tensor in tensors.items() if "embed" not in name}, file)
     with pytest.raises(BadInput, match="has no embed_tokens.weight or .* in its weights"):
         extend(model_name_or_path=str(base))
+    save_file(tensors | {"lm_head.bias": tensors["model.embed_tokens.weight"][:, 0].clone()}, file)
+    with pytest.raises(BadInput, match="has a bias in its head .lm_head.bias., as no LLaMA has"):
+        extend(model_name_or_path=str(base))
     save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:700].clone()}, file)
     with pytest.raises(BadInput, match="700 rows, config.json says 800"):
         extend(model_name_or_path=str(base))
