@@ -6,8 +6,7 @@ Writes  output_dir/, the adapter with tokenizer and chat template. Next: generat
     bash scripts/finetune_lora.sh                                  # every GPU of this machine, or the CPU
     python finetune_lora.py --model_name_or_path M --data_path D   # one GPU, or the CPU
 
-GPU memory for blocks of 1,024 tokens, r = 8 (estimate): 7B in 4 bit 5.9 GB, in 8 bit 9.0 GB (11 GB: 2080Ti), in 16 bit 15.5 GB
-(24 GB: 3090); 13B in 4 bit 9.7 GB. estimate_memory.py has the sum.
+GPU memory at 1,024 tokens, r = 8 (estimate_memory.py): 7B in 4 bit 5.9 GB, in 8 bit 9.0 GB, in 16 bit 15.5 GB; 13B in 4 bit 9.7 GB.
 """
 import contextlib
 import datetime
@@ -24,7 +23,7 @@ from types import MethodType
 from typing import Literal
 
 from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, draw_curves,
-                   explain, make_blocks, read_examples, resume_point, run_facts, summarize, write_facts)
+                   explain, make_blocks, read_examples, replace_json, resume_point, run_facts, summarize, write_facts)
 
 
 def main(
@@ -96,7 +95,7 @@ def main(
         learning_rate: Peak of the schedule.
         lr_scheduler_type: Schedule: cosine, linear, constant_with_warmup or another of transformers.
         warmup_steps: Steps of linear warm-up: a number, or a share below 1.
-        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        precision: Arithmetic: auto (bf16 where the GPU or CPU computes in it, else fp16 on a GPU and fp32 on a CPU), bf16, fp16 or fp32.
         gradient_checkpointing: Keep one activation per layer and recompute the rest: a quarter slower, far less memory.
         early_stopping_patience: Evaluations in a row without a lower loss after which the run ends with the best weights; 0 never ends it.
         seed: Of everything random.
@@ -183,13 +182,19 @@ def add_token_rows(model, tokenizer, new_tokens: list[str]) -> dict[str, list[in
 # ==== fast lora ====
 def speed_up_lora(model) -> None:
     """Let plain LoRA layers add their update in place: peft makes the update, its multiple and the sum, each as large as the layer's output."""
+    import torch
     from peft.tuners.lora import Linear
+
+    def keep(x, p: float):  # 1, or with probability p 0: torch draws 64 bits a number on a CPU, a sixth of a step in bf16; 16 will do
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+        return (bits.view(x.shape) >= round(p * 2**16) - 2**15).to(x.dtype)
 
     def forward(self, x, *_, **__):
         result = self.base_layer(x)
         for name in [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]:
-            low = self.lora_A[name](self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
-            result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name])
+            p = getattr(self.lora_dropout[name], "p", 0) * (self.training and x.device.type == "cpu") % 1
+            low = self.lora_A[name](x * keep(x, p) if p else self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
+            result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name] / (1 - p))
         return result
 
     for module in model.modules():  # DoRA, quantized and ZeRO-3's sharded layers keep peft's own
@@ -311,16 +316,13 @@ def chunks(head, positions: int, device) -> list[tuple[int, int]]:
 
 # ==== training ====
 def collate(blocks: list[list[int]], examples, padded: bool) -> dict:
-    """A micro-batch: the examples of its blocks as one packed row, or as padded rows for models that cannot take that.
-
-    The first token of a document has nothing before it that could predict it, so it is never a label.
-    """
+    """A micro-batch: the examples of its blocks as one packed row, or as padded rows for models that cannot take that."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     rows = [examples[e] for block in blocks for e in block]
     ids = [torch.tensor(row["input_ids"]) for row in rows] or [torch.tensor([0])]  # an empty block trains nothing
-    labels = [torch.tensor([IGNORE_INDEX] + row["labels"][1:]) for row in rows] or [torch.tensor([IGNORE_INDEX])]
+    labels = [torch.tensor([IGNORE_INDEX] + row["labels"][1:]) for row in rows] or [torch.tensor([IGNORE_INDEX])]  # nothing predicts a first token
     counts = {"records": [row["record"] for row in rows], "tokens": sum(map(len, ids)) * bool(rows),
               "supervised": sum(int((row != IGNORE_INDEX).sum()) for row in labels)}
     if padded:
@@ -378,17 +380,15 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
             """Weights, and beside them tokenizer, chat template, stop tokens: a checkpoint can be talked to as well."""
             super()._save(output_dir, state_dict)
             if args.should_save:
-                folder = Path(output_dir)
-                (folder / "training_args.bin").unlink()  # a pickle
-                chat.tokenizer.save_pretrained(folder)
+                Path(output_dir, "training_args.bin").unlink()  # a pickle
+                chat.tokenizer.save_pretrained(output_dir)
                 if old := getattr(self.model, "generation_config", None):  # a reward model has none
                     # Older chat models give a temperature without do_sample, which transformers refuses to save
                     old = old.to_dict()
                     old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
                     old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
-                    GenerationConfig.from_dict(old).save_pretrained(folder)
-                about = {name: facts.get(name) for name in ("base", "base_fingerprint", "template")}
-                (folder / "yangtuo.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), "utf-8")
+                    GenerationConfig.from_dict(old).save_pretrained(output_dir)
+                replace_json(Path(output_dir, "yangtuo.json"), {name: facts.get(name) for name in ("base", "base_fingerprint", "template")})
 
     an_epoch = len(blocks) // (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
@@ -401,13 +401,13 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
 
 
 def make_arguments(settings: dict, precision: str):
-    """transformers' TrainingArguments, and the precision: auto is bf16 where the GPU computes in it (not where it is emulated), else fp16, on a CPU fp32."""
+    """transformers' TrainingArguments, and the precision: auto is bf16 where the hardware computes in it (not where it is emulated), else fp16 or fp32."""
     import torch
     from transformers import TrainingArguments
 
     cuda, cpu = torch.cuda.is_available(), torch.backends.cpu.get_cpu_capability()
     has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else cpu == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    precision = precision if precision != "auto" else "fp32" if not cuda else "bf16" if has_bf16 else "fp16"
+    precision = precision if precision != "auto" else "bf16" if has_bf16 else "fp16" if cuda else "fp32"
     if not cuda and (precision == "fp16" or precision == "bf16" and not has_bf16):
         raise BadInput(f"--precision={precision} needs a GPU{', or a CPU with AVX512-BF16' * (precision == 'bf16')}: leave it at auto")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else deepspeed warns that it found no other

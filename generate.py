@@ -67,7 +67,7 @@ def main(
         allow_pickle: Load weights that are pickles, which can run code.
         bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
         load_in_8bit: Another name for --bits 8.
-        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        precision: Arithmetic: auto (bf16 where the GPU or CPU computes in it, else fp16 on a GPU and fp32 on a CPU), bf16, fp16 or fp32.
         prompt: One question to answer.
         system: System text of the prompt or of the chat.
         input_file: Records or {"prompt": ...} lines to answer.
@@ -389,7 +389,7 @@ def load_base(model_name_or_path: str, tokens: int, bits: int, precision: str, t
     gptq = gptq if gptq.get("quant_method") == "gptq" else None
     has_bf16 = torch.cuda.get_device_capability()[0] >= 8 if cuda else cpu == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     if precision == "auto":  # where bf16 is only emulated, fp16 is faster
-        precision = "fp32" if not cuda else "bf16" if has_bf16 else "fp16"
+        precision = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
     if not cuda and (precision == "fp16" or precision == "bf16" and not has_bf16):
         raise BadInput(f"--precision={precision} needs a GPU{', or a CPU with AVX512-BF16' * (precision == 'bf16')}: leave it at auto")
     if gptq and bits < 16:

@@ -100,7 +100,7 @@ def main(
         allow_pickle: Load weights that are pickles, which can run code.
         bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
         load_in_8bit: Another name for --bits 8.
-        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
+        precision: Arithmetic: auto (bf16 where the GPU or CPU computes in it, else fp16 on a GPU and fp32 on a CPU), bf16, fp16 or fp32.
         system: System text of the prompt or of the chat.
         server_name: Address that the page listens on; another than this machine's own needs auth.
         server_port: Port of the page.

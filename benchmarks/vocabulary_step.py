@@ -19,6 +19,7 @@ import textwrap
 import time
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,6 +40,7 @@ def main(
     learning_rates: str = "3e-4,1e-3,3e-3",
     tune_steps: int = 40,
     excerpts: int = 8,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
 ):
     """Print where the two begin, train them, and plot them.
 
@@ -52,6 +54,7 @@ def main(
         learning_rates: To choose from, with commas between them; one is taken as it is.
         tune_steps: Steps for each of them.
         excerpts: Of each kind of text, in each draw.
+        precision: Of the training.
     """
     for name in (name for names in KINDS.values() for name in names):
         if not Path(data_dir, "text", name).is_file():
@@ -87,7 +90,7 @@ def main(
     def pretrain(name: str, model: Path, steps: int, learning_rate: float, eval_path: Path) -> tuple[Path, list[tuple[int, float]]]:
         """The adapter, and (step, bits per character) of each evaluation."""
         made = run(name, "pretrain_clm.py", "--model_name_or_path", model, "--data_path", work / "corpus.jsonl", "--eval_path", eval_path, "--train", "lora",
-                   "--max_length", max_length, "--max_steps", steps, "--learning_rate", learning_rate, "--lora_r", 32, "--lora_alpha", 64,
+                   "--max_length", max_length, "--max_steps", steps, "--learning_rate", learning_rate, "--precision", precision, "--lora_r", 32, "--lora_alpha", 64,
                    "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False, "--eval_on_start", eval_path.stem != "tune", "--eval_strategy", "steps",
                    "--eval_steps", min(eval_steps, steps), "--save_steps", min(eval_steps, steps), "--save_total_limit", 1)
         found = re.findall(r"'eval_bits_per_character': '([\d.]+)', 'epoch': '?([\d.e-]+)", (work / f"{name}.log").read_text("utf-8"))

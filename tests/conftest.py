@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.get("TEST_DEVICE") != "cuda":  # of test_gpu.py
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same promises on every machine: on the CPU, in fp32
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # so that auto takes that on a CPU with bf16, too
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ MEANT_OTHERWISE = {("quantize_gptq.py", "bits"),  # of what it writes, not of wh
                    *((script, flag) for script in ("train_reward.py", "train_dpo.py") for flag in ("max_length", "packing")),  # of pairs, which are never cut
                    ("train_ppo.py", "max_length"),  # of prompts and their answers, which are not cut either
                    ("train_ppo.py", "lr_scheduler_type"),  # its loop is its own, and takes three
+                   ("train_ppo.py", "precision"), ("score_records.py", "precision"),  # fp32 on every CPU: scores are compared
                    ("score_records.py", "data_path"), ("score_records.py", "output_file"),  # not to train on; not answers alone
                    ("evaluate.py", "template"),  # none is a choice there
                    ("clean_corpus.py", "data_path"),  # not trained on yet, and always a file or a folder
