@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Every figure against its peer, one after the other, and one table of them all. Some hours on two CPU threads, 20 GB of disk.
 #   DATA_DIR=../shared/data bash benchmarks/run.sh             # all
-#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of sft, vocab, surgery, gptq, evaluate, web, export_gguf, memory
+#   ONLY="sft gptq" REPEATS=5 bash benchmarks/run.sh           # some of them
+#   ONLY="preferences ppo vocabulary_step" bash benchmarks/run.sh    # what training teaches the default model, with pictures: hours more
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # ---- edit me ----
 DATA_DIR=${DATA_DIR:-../shared/data}   # the data that is measured with
-ONLY=${ONLY:-sft vocab surgery gptq evaluate web export_gguf memory}
+ONLY=${ONLY:-sft dpo vocab surgery gptq evaluate corpus web export_gguf memory}
 REPEATS=${REPEATS:-3}
 OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and its figures; those of earlier runs stay in the table
 # -----------------
@@ -17,7 +18,13 @@ mkdir -p "$OUT"
 for name in $ONLY; do
   more=()
   case $name in
-    sft) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
+    sft | dpo) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
+    ppo | vocabulary_step) more=(--data_dir "$DATA_DIR" --work_dir "$OUT/$name") ;;
+    preferences) more=(--data_dir "$DATA_DIR" --model_name_or_path "$(python scripts/default_model.py)" --output_dir "$OUT/preferences") ;;
+    corpus)  # datatrove wants another xxhash than ours
+      python -m venv "$OUT/corpus-peer"
+      "$OUT/corpus-peer/bin/pip" install --quiet datatrove==0.10.1 "xxhash<4" datasketch==2.0.0 regex orjson
+      more=(--peer "$OUT/corpus-peer/bin/python" --data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
     vocab) more=(--data_dir "$DATA_DIR") ;;
     surgery) more=(--sizes 1.6 --repeats "$REPEATS") ;;
     web)  # compiled for some minutes; without it its row is left out
