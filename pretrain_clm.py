@@ -192,7 +192,7 @@ def speed_up_lora(model) -> None:
     def forward(self, x, *_, **__):
         result = self.base_layer(x)
         for name in [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]:
-            p = getattr(self.lora_dropout[name], "p", 0) * (self.training and x.device.type == "cpu") % 1
+            p = getattr(self.lora_dropout[name], "p", 0) * (self.training and x.device.type == "cpu") % 1  # where all is dropped torch does it
             low = self.lora_A[name](x * keep(x, p) if p else self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
             result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name] / (1 - p))
         return result
@@ -225,7 +225,7 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     import torch
 
     if key.shape[1] < query.shape[1] and query.is_cuda and (query.dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8):
-        # GPUs before Ampere have no fused kernel for grouped heads: torch would fall back to one that holds all T x T scores
+        # No fused kernel has grouped heads on GPUs before Ampere, nor in fp32: torch would fall back to one that holds all T x T scores
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
     documents = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
@@ -247,12 +247,12 @@ def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
 
 # ==== supervised ====
 def supervised_forward(self, input_ids, labels, num_items_in_batch=None, position_ids=None, attention_mask=None, document_lengths=None, **_):
-    """forward() of a causal language model in training: the head sees the supervised positions only.
+    """forward() of a causal language model, to train and to evaluate: the head sees the supervised positions only.
 
     Args:
         input_ids, labels: (B, T) long; labels are IGNORE_INDEX where nothing is trained, the first of a document included.
         num_items_in_batch: Supervised tokens of the global batch, by which the sum of the losses is divided.
-        document_lengths: Of a packed row (B = 1), with position_ids that start from 0 in each document.
+        document_lengths: Of a packed row (B = 1), with position_ids from 0 in each document, by which flash_attention_2 tells them apart.
     """
     import torch
     from torch.utils.checkpoint import checkpoint

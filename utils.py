@@ -246,9 +246,9 @@ class Chat:
 def cut_dialogue(chat: Chat, messages: list[dict], max_length: int, counts: Counter):
     """Yield (ids, trained) of a dialogue: itself where it fits, else windows of whole rounds.
 
-    Each window holds the system text, as many untrained rounds as fit, and before them as many earlier rounds as still
-    fit for context, so that every answer is trained once. Where one round alone is too long its prompt gives way, down
-    to a quarter of the window and from its middle, and then the answer is cut, without a stop token.
+    Each window holds the system text, as many rounds as fit of those that no window has trained yet, and before them as many
+    earlier rounds as still fit for context, so that every answer is trained once. Only a single round can be too long: its prompt
+    gives way, down to a quarter of the window and from its middle, and then the answer is cut, without a stop token.
     """
     pieces = chat.encode(messages)
     counts.update(answers=sum(trained for _, trained in pieces), answer_tokens=sum(len(ids) for ids, trained in pieces if trained))
@@ -961,7 +961,7 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
     """
     folders = sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda folder: -int(folder.name.rpartition("-")[2]))
     begun = read_json(Path(output_dir, "run.json")) if folders and Path(output_dir, "run.json").is_file() else {}
-    for name in sorted(begun.keys() & facts.keys() - {"base"}):
+    for name in sorted(begun.keys() & facts.keys() - ({"base"} if facts.get("base_fingerprint") else set())):  # the folder of a base may move
         if begun[name] != facts[name]:
             raise BadInput(f"--resume: {output_dir} was begun with {name} = {begun[name]}, now it is {facts[name]}: give the same, or a new --output_dir")
     states = [f"rng_state_{rank}.pth" for rank in range(facts["world_size"])] if facts["world_size"] > 1 else ["rng_state.pth"]
@@ -1024,7 +1024,7 @@ def fingerprint(model_name_or_path: str) -> str | None:
     return digest.hexdigest() if files else None
 
 
-# ---- training: what needs no torch ----
+# ---- training: what stands around the steps ----
 def can_pack(config, max_length: int) -> bool:
     """Whether documents can be kept apart in one row of a model with this configuration (of transformers).
 
@@ -1057,7 +1057,7 @@ def read_examples(flags: dict, chat: Chat):
     train_on, evaluate_on = hold_out(examples, flags["eval_size"], flags["seed"])
     if flags["eval_path"]:
         examples = concatenate_datasets([examples, read(flags["eval_path"], chat, **reading)[0]])
-        evaluate_on = range(len(train_on), len(examples))
+        evaluate_on = range(len(train_on), len(examples))  # with eval_path nothing was held out
     return examples, counts, train_on, evaluate_on
 
 
@@ -1165,11 +1165,7 @@ def check_deepspeed(path: str) -> None:
     check_file("deepspeed", path)
     if "LOCAL_RANK" not in os.environ:
         raise BadInput("--deepspeed needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
-    try:
-        sections = json.loads(Path(path).read_text("utf-8"))
-    except json.JSONDecodeError as problem:
-        raise BadInput(f"--deepspeed={path}, line {problem.lineno}: not JSON ({problem.msg})") from None
-    for section in {"optimizer", "scheduler"} & sections.keys():
+    for section in {"optimizer", "scheduler"} & read_json(path).keys():
         raise BadInput(f"--deepspeed={path} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, --lr_scheduler_type, "
                        f"--warmup_steps): remove it, the flags say it all")
 

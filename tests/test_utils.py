@@ -1,4 +1,5 @@
 """The command line: understood as a whole before anything runs; and the checks of files and folders."""
+import contextlib
 import errno
 import json
 import os
@@ -188,3 +189,12 @@ def test_a_fingerprint_tells_one_base_from_another(tmp_path):
         save_file({"weight": numpy.full((3, 4), value, "float32")}, tmp_path / name / "model.safetensors")
         found.add(fingerprint(str(tmp_path / name)))
     assert len(found) == 2 and fingerprint(str(tmp_path)) is None
+
+
+def test_a_run_goes_on_from_another_folder_with_the_same_base_and_from_no_other_name_on_the_hub(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    for begun, now, refused in (("a", "b", False), (None, None, True)):  # fingerprints: a model on the hub has none
+        (tmp_path / "run.json").write_text(json.dumps({"base": "x/one", "base_fingerprint": begun and "same", "world_size": 1}))
+        facts = {"base": "x/two", "base_fingerprint": now and "same", "world_size": 1}
+        with pytest.raises(BadInput, match="was begun with base = x/one, now it is x/two") if refused else contextlib.nullcontext():
+            assert resume_point(str(tmp_path), facts) is None
