@@ -445,7 +445,7 @@ def run_training(trainer, checkpoint: str | None, panels: dict[str, list[str]]) 
     tokens, supervised, items, loss = trainer.seen  # a loss is divided by its items: tokens, or pairs
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
-              "train_loss": loss / max(1, items), "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
+              "train_loss": loss / items if items else None, "eval_loss": metrics.get("eval_loss"), "peak_memory_bytes": peak, "output_dir": str(output_dir)}
     return report | {name: value for name, value in metrics.items() if name[:5] == "eval_" and name not in ("eval_perplexity", "eval_token_accuracy")}
 
 
