@@ -312,8 +312,8 @@ def make_model(folder: str, bits: int) -> dict:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.train_from_iterator((path.read_text("utf-8") for path in sorted((ROOT / "sample").glob("*.json*"))), trainers.BpeTrainer(
-        vocab_size=8190, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False))
-    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"), "chatml")
+        vocab_size=8190, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>", "<|pad|>"], show_progress=False))
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>"), "chatml")
     config = config_of(base, size)
     torch.manual_seed(0)
     room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
