@@ -378,32 +378,41 @@ KINDS = HAN, RARE, LEAD, TRAIL, ACCENTED, LATIN, LETTER, DIGIT, SPACE, GARBAGE, 
 
 @functools.cache
 def tables() -> SimpleNamespace:
-    """By code point: `key`, what it is compared as (NFKC, lower case; 0: not at all); `unit` (1: a unit by itself, 2: part of a run), and its
-    `value` there; `kind`, its class."""
-    size = 0x110000
+    """By code point: `key`, what it is compared as (NFKC, lower case; 0: not at all); `unit` (1: a unit by itself, 2: part of a run), with its
+    `value` in a run and its hash `alone`; `kind`, its class. Columns of all characters, since one after the other would take a second."""
+    size, told = 0x110000, 0x32400  # nothing but private use and tags stands above
+    code, chars = np.arange(told), [*map(chr, range(told))]
+    major, minor = np.frombuffer("".join(map(unicodedata.category, chars)).encode(), np.uint8).reshape(told, 2).T
+    of = lambda first, second="": np.isin(major, [*first.encode()]) & (np.isin(minor, [*second.encode()]) if second else True)
+    ideograph = of("L", "o") & ((code >= 0x3400) & (code < 0xA000) | (code >= 0x20000)) | (code >= 0xF900) & (code < 0xFB00)
     key, unit, kind = np.arange(size, dtype=np.uint32), np.zeros(size, np.uint8), np.full(size, MARK, np.uint8)
-    for code in range(0x32400):  # nothing but private use and tags stands above
-        char, category = chr(code), unicodedata.category(chr(code))
-        same = unicodedata.normalize("NFKC", char).lower()
-        key[code] = 0 if category in ("Zs", "Zl", "Zp", "Cc", "Cf") else ord(same) if len(same) == 1 else code
-        ideograph = "CJK UNIFIED" in unicodedata.name(char, "") or 0xF900 <= code < 0xFB00
-        alone = ideograph or category == "Lo" and 0x0E00 <= code < 0x3400  # Thai to kana: written without blanks
-        unit[code] = 1 if alone or char in "+-*/=<>%^&|~" or category == "Sm" else 2 if category[0] in "LNM" else 0
-        kind[code] = {"L": LETTER, "M": LETTER, "N": DIGIT, "Z": SPACE, "C": GARBAGE}.get(category[0], MARK)
-        if category == "Cf" or char in "\t\n":
-            kind[code] = SPACE
-        elif ideograph:
-            begin, end = (data := char.encode("gb18030"))[:2]
-            known = len(data) == 2 and (begin > 0xAF and end > 0xA0 or char.encode("big5hkscs", "ignore"))
-            first, other = {*range(0xE3, 0xEA), 0xEF}, range(0x80, 0xC0)  # bytes of a Han character in UTF-8
-            kind[code] = LEAD if begin in first and end in other else TRAIL if begin in other and end in first else HAN if known else RARE
-        elif category[0] == "L" and "LATIN" in unicodedata.name(char, ""):
-            kind[code] = ACCENTED if 0xC0 <= code < 0x100 else LATIN
-    for chars, what in (("{}[]()<>=;_+*/\\|&^%$#@~`", SIGN), (",\t", SEPARATOR), ("。！？；…」』”’.!?;:：）》】\"'", END), ("□■◆◇", BOX), ("\ufffd", GARBAGE)):
-        kind[[ord(char) for char in chars]] = what
+    for at, same in enumerate(map(str.lower, map(functools.partial(unicodedata.normalize, "NFKC"), chars))):
+        if same != chars[at] and len(same) == 1:
+            key[at] = ord(same)
+    key[:told][of("Z") | of("C", "cf")] = 0
+    alone = ideograph | of("L", "o") & (code >= 0x0E00) & (code < 0x3400)  # Thai to kana: written without blanks
+    unit[:told] = np.where(alone | of("S", "m"), 1, 2 * of("LNM"))
+    unit[[*map(ord, "+-*/=<>%^&|~")]] = 1
+    for first, second, what in (("LM", "", LETTER), ("N", "", DIGIT), ("Z", "", SPACE), ("C", "", GARBAGE), ("C", "f", SPACE)):
+        kind[:told][of(first, second)] = what
+    kind[[*map(ord, "\t\n")]] = SPACE
+    kind[:told][ideograph] = RARE
+    first, other = {*range(0xE3, 0xEA), 0xEF}, range(0x80, 0xC0)  # bytes of a Han character in UTF-8
+    for at in np.flatnonzero(ideograph[:0xFB00]).tolist():
+        begin, end, *more = chars[at].encode("gb18030")
+        if begin in first and end in other or begin in other and end in first:
+            kind[at] = LEAD if begin in first else TRAIL
+        elif not more and (begin > 0xAF and end > 0xA0 or chars[at].encode("big5hkscs", "ignore")):
+            kind[at] = HAN
+    for at in np.flatnonzero(of("L") & ~alone).tolist():
+        if "LATIN" in unicodedata.name(chars[at], ""):
+            kind[at] = ACCENTED if 0xC0 <= at < 0x100 else LATIN
+    for letters, what in (("{}[]()<>=;_+*/\\|&^%$#@~`", SIGN), (",\t", SEPARATOR), ("。！？；…」』”’.!?;:：）》】\"'", END), ("□■◆◇", BOX), ("\ufffd", GARBAGE)):
+        kind[[*map(ord, letters)]] = what
     kind[0xD800:0xF900] = kind[0xF0000:] = GARBAGE
     key[[*map(ord, "\t\n")]] = 0
-    return SimpleNamespace(key=key, unit=unit, kind=kind, value=mix(key.astype(np.uint64)) * (unit > 0))
+    value = mix(key.astype(np.uint64)) * (unit > 0)
+    return SimpleNamespace(key=key, unit=unit, kind=kind, value=value, alone=mix(value))
 
 
 def mix(values):
@@ -435,22 +444,28 @@ def grams_of(values, owner, size: int):
 
 
 def spell(texts: list[str]) -> SimpleNamespace:
-    """Texts as arrays: `codes` (N,) of all, a line end behind each, and their text `owner`; of the characters that count `place` (K,) and `key` (K,)."""
+    """Texts as arrays: `codes` (N,) of all, a line end behind each, and their text `owner`, each text from `bounds`[i] to `bounds`[i + 1]; of the
+    characters that count `place` (K,), `key` (K,) and `key_owner` (K,)."""
     codes = np.frombuffer(("\n".join(texts) + "\n").encode("utf-32-le", "surrogatepass"), np.uint32)
-    owner = np.repeat(np.arange(len(texts), dtype=np.uint32), np.fromiter((len(text) + 1 for text in texts), np.int64, len(texts)))
-    keys = tables().key[codes]
-    place = np.flatnonzero(keys)
-    return SimpleNamespace(count=len(texts), codes=codes, owner=owner, place=place, key=keys[place], key_owner=owner[place])
+    lengths = np.fromiter((len(text) + 1 for text in texts), np.int64, len(texts))
+    owner, keys = np.repeat(np.arange(len(texts), dtype=np.uint32), lengths), tables().key.take(codes)
+    place = np.flatnonzero(keys > 0)
+    return SimpleNamespace(count=len(texts), codes=codes, owner=owner, bounds=np.concatenate([[0], np.cumsum(lengths)]), place=place, key=keys.take(place),
+                           key_owner=owner.take(place))
 
 
 def units_of(spelled):
     """(hash, text) of every unit: a Han character, a run of letters and digits, a sign of arithmetic."""
-    unit = tables().unit[spelled.codes]
+    look = tables()
+    unit = look.unit.take(spelled.codes)
     first = unit > 0
     first[1:] &= (unit[1:] == 1) | (unit[:-1] != 2)
-    begin = np.flatnonzero(first)
-    end = np.concatenate([begin[1:], [len(unit)]]) if len(begin) else begin
-    return span_hashes(tables().value[spelled.codes], begin, end), spelled.owner[begin]  # what stands between two units counts as nothing
+    begin, letters = np.flatnonzero(first), np.flatnonzero(unit == 2)
+    hashes, begin_run = look.alone.take(spelled.codes.take(begin)), np.flatnonzero(first.take(letters))
+    if len(letters):
+        runs = np.flatnonzero(unit.take(begin) == 2)
+        hashes[runs] = span_hashes(look.value.take(spelled.codes.take(letters)), begin_run, np.append(begin_run[1:], len(letters)))
+    return hashes, spelled.owner.take(begin)
 
 
 # ---- rules ----
@@ -544,30 +559,51 @@ def signature(texts: list[str], seed: int = 42):
 
     A text of fewer than SHINGLE units has no shingle, and 2^32 - 1 everywhere: it can be an exact duplicate alone.
     """
-    shingles, owner = grams_of(*units_of(spell(texts)), SHINGLE)
-    return minhash(shingles, owner, len(texts), seed)
+    return minhash(*units_of(spell(texts)), len(texts), seed)
 
 
-def minhash(shingles, owner, count: int, seed: int):
-    """The signatures of `count` texts, from their shingles (hash, text): the least of each under BANDS * ROWS affine permutations."""
-    result = np.full((count, BANDS * ROWS), 2**32 - 1, np.uint32)
-    random = mix(np.arange(2 * BANDS * ROWS, dtype=np.uint64) + np.uint64(seed) * np.uint64(2**32))
-    factors, terms = (random[: BANDS * ROWS] >> np.uint64(32)).astype(np.uint32) | np.uint32(1), (random[BANDS * ROWS:] >> np.uint64(32)).astype(np.uint32)
-    values = (shingles >> np.uint64(32)).astype(np.uint32)
-    starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]])) if len(owner) else np.zeros(0, np.int64)
-    first = 0
-    while first < len(starts):  # some texts at a time, so that their shingles stay in the cache of the core
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + 2**15)))
-        part = values[starts[first] : starts[last] if last < len(starts) else len(values)]
-        moved, places, texts = np.empty_like(part), starts[first:last] - starts[first], owner[starts[first:last]]
-        least = np.empty((BANDS * ROWS, len(places)), np.uint32)
-        for j in range(BANDS * ROWS):
-            np.multiply(part, factors[j], out=moved)
-            moved += terms[j]
-            np.minimum.reduceat(moved, places, out=least[j])
-        result[texts] = least.T
-        first = last
-    return result
+@functools.lru_cache(maxsize=2)
+def randomness(seed: int) -> tuple:
+    """(three odd numbers; in each column i, an order of all places, in which place i looks for another where it has none itself) of a seed."""
+    places = BANDS * ROWS
+    random = mix(np.arange(3 + places * places, dtype=np.uint64) + np.uint64(seed) * np.uint64(2**32))
+    return (random[:3] >> np.uint64(32)).astype(np.uint32) | np.uint32(1), np.argsort(random[3:].reshape(places, places), axis=0)
+
+
+def minhash(units, owner, count: int, seed: int):
+    """The signatures of `count` texts, from their units (hash, text), by one hash of each shingle in place of one for each place.
+
+    One permutation hashing (arXiv:1208.1259): the hash says at which of the places a shingle competes, and the least at each stays. A place
+    where none competes takes over from another, the first in an order of its own that has one (optimal densification, arXiv:1703.04664).
+    """
+    places, none = BANDS * ROWS, np.uint32(2**32 - 1)
+    (base, factor, term), orders = randomness(seed)
+    values = (units >> np.uint64(32)).astype(np.uint32)
+    if len(values) < SHINGLE:
+        return np.full((count, places), none)
+    shingles = values[SHINGLE - 1:].copy()
+    for i in range(2, SHINGLE + 1):
+        shingles *= base
+        shingles += values[SHINGLE - i : 1 - i]
+    shingles ^= shingles >> np.uint32(16)
+    shingles *= factor
+    shingles ^= shingles >> np.uint32(15)
+    shingles += term
+    # Shingles that reach into the next text go to a row behind the last
+    sizes = np.diff(np.searchsorted(owner, np.arange(count + 1)))
+    whole = np.maximum(0, sizes - SHINGLE + 1)
+    rows = np.repeat(np.stack([np.arange(count), np.full(count, count)], axis=1).ravel() * places, np.stack([whole, sizes - whole], axis=1).ravel())
+    least = np.full((count + 1) * places, none)
+    np.minimum.at(least, rows[: len(shingles)] + ((shingles >> np.uint32(16)) * np.uint32(places) >> np.uint32(16)), shingles)
+    least = least[:-places]
+    empty, result = np.flatnonzero((least == none) & np.repeat(whole > 0, places)), least.copy()
+    for others in orders:
+        row, place = np.divmod(empty, places)
+        found = least.take(row * places + others.take(place))
+        result[empty] = found
+        if not len(empty := empty[found == none]):
+            break
+    return result.reshape(count, places)
 
 
 def band_keys(signatures):
@@ -805,14 +841,13 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
     reason = np.zeros(len(chosen), np.uint8)
     if job.words:
         hits, again = find_words(spelled, job.words), False
-        starts = np.searchsorted(spelled.owner, np.arange(len(chosen)))
         for j, found in hits.items():
             i, actions = int(chosen[j]), {action for _, _, action, _ in found}
             name = next((name for name in ("text", "completion", "content") if new[i].get(name) == strings[j]), None)
             if "drop" in actions or "drop_line" in actions and not name:  # lines can be taken out of a text alone, not out of an answer
                 reason[j] = REASONS.index("words")
             elif "drop_line" in actions:
-                places = {strings[j].count("\n", 0, place - int(starts[j])) for _, _, action, place in found if action == "drop_line"}
+                places = {strings[j].count("\n", 0, place - int(spelled.bounds[j])) for _, _, action, place in found if action == "drop_line"}
                 kept = [line for k, line in enumerate(strings[j].split("\n")) if k not in places]
                 old[i], new[i], strings[j], again = old[i] or new[i], new[i] | {name: "\n".join(kept)}, "\n".join(kept), True
                 reason[j] = 0 if strings[j].strip() else REASONS.index("words")
@@ -822,19 +857,22 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
     if "rules" in job.steps:
         table["measures"][chosen] = measures = measure_texts(strings, spelled, document, job.language)
         reason = np.where(reason == 0, first_broken(measures, job.limits), reason)
-    size, han = np.bincount(spelled.key_owner, minlength=len(chosen)), np.bincount(spelled.key_owner, spelled.key - 0x4E00 < 0x5200, minlength=len(chosen))
-    table["group"][chosen] = 3 * (han > 0.3 * size) + (size > 200) + (size > 2000)  # language and length, within which texts are ranked
-    table["size"][chosen] = size
-    bounds, data = np.concatenate([[0], np.cumsum(size)]) * 4, spelled.key.tobytes()
-    digests = b"".join(hashlib.blake2b(data[begin:end], digest_size=16).digest() for begin, end in itertools.pairwise(bounds.tolist()))
-    table["key"][chosen] = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    bounds = np.searchsorted(spelled.place, spelled.bounds)
+    table["size"][chosen] = size = np.diff(bounds)
+    if "score" in job.steps:  # language and length, within which texts are ranked
+        han = np.bincount(spelled.key_owner, spelled.key - 0x4E00 < 0x5200, minlength=len(chosen))
+        table["group"][chosen] = 3 * (han > 0.3 * size) + (size > 200) + (size > 2000)
+    if "exact" in job.steps:
+        data = spelled.key.tobytes()
+        digests = b"".join(hashlib.blake2b(data[begin:end], digest_size=16).digest() for begin, end in itertools.pairwise((bounds * 4).tolist()))
+        table["key"][chosen] = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     if job.good:
         table["quality"][chosen] = quality_of(spelled, job.good)
     if job.questions or "near" in job.steps:
         units, owner = units_of(spelled)
-        table["units"][chosen] = np.bincount(owner, minlength=len(chosen))
+        table["units"][chosen] = np.diff(np.searchsorted(owner, np.arange(len(chosen) + 1)))
     if "near" in job.steps:
-        table["bands"][chosen] = band_keys(minhash(*grams_of(units, owner, SHINGLE), len(chosen), job.seed))
+        table["bands"][chosen] = band_keys(minhash(units, owner, len(chosen), job.seed))
     for j, shares in (find_questions(units, owner, job.questions) if job.questions else {}).items():
         question, table["share"][chosen[j]] = max(shares.items(), key=lambda item: (item[1], -item[0]))
         about[chosen[j]]["question"] = [job.questions.names[question], round(shares[question], 3)]
