@@ -1,7 +1,7 @@
 """Clean a corpus: normalize, drop by rules, de-duplicate, score, look for words and for test questions, and say what was dropped and why.
 
 Reads   documents or instruction records in every format of sample/README.md: a file, or a folder of them
-Writes  output_dir/: kept.jsonl (the records), dropped.jsonl (the others, with the reason), report.md, report.json, histograms.png.
+Writes  output_dir/: kept.jsonl (the records), dropped.jsonl (the others, with the reason), report.md, report.json, histograms.svg.
         Next: extend_vocab.py, pretrain_clm.py or a finetune script, with kept.jsonl
 
     bash scripts/clean_corpus.sh                                                            # sample/
@@ -78,11 +78,11 @@ BLOCK, SLICE, LONGEST = 2**21, 2**18, 2**24  # bytes of a part; characters judge
 TEXTS = ("text", "completion", "content", "context", "instruction", "input", "output", "target", "prompt", "system", "history", "conversations", "messages")
 ADDED = ("quality", "bucket", "flagged")  # columns that kept records get
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff"  # controls, soft hyphen, zero width; not the joiners of emoji and Indic scripts
-ODD = re.compile(f"[{UNSEEN}\r\ud800-\udfff\U000f1000\U000f1001]")
+ODD = re.compile(f"[{UNSEEN}\r\ud800-\udfff]")  # none above U+FFFF: then it takes half the time
 BOILERPLATE = re.compile(  # every alternative begins with a letter of its own: so a search takes no longer than reading
     "版权所有|未经(?:授权|许可|允许).*转载|关注.{0,8}公众号|扫码|扫一扫|上一篇[:：]|下一篇[:：]|ICP备|点击(?:查看|阅读|下载|进入|这里)|责任编辑[:：]|"
     "All rights reserved|all rights reserved|Click here|click here|Subscribe to our")
-DTYPE = np.dtype([("source", "u4"), ("record", "u8"), ("begin", "u8"), ("length", "u4"), ("bytes", "u4"), ("size", "u4"), ("units", "u4"), ("reason", "u1"),
+DTYPE = np.dtype([("source", "u4"), ("record", "u8"), ("begin", "u8"), ("length", "u4"), ("read", "u4"), ("bytes", "u4"), ("size", "u4"), ("units", "u4"), ("reason", "u1"),
                   ("group", "u1"), ("quality", "f4"), ("share", "f4"), ("tie", "u8"), ("key", "u8", 2), ("bands", "u8", BANDS),
                   ("measures", "f4", len(MEASURES))])  # what is known of a record by itself
 
@@ -168,9 +168,9 @@ def main(
     found = write_records(output, table, twins, buckets, sources + older, len(sources))
     kept = found.pop("", {"records": 0, "bytes": 0})
     histograms, what_if = survey(table, twins, thresholds, len(sources))
-    report = {"read": int(ours.sum()), "kept": kept["records"], "dropped": int(ours.sum()) - kept["records"], "bytes_read": int(table["bytes"][ours].sum()),
-              "bytes_kept": kept["bytes"], "reasons": {reason: found[reason] for reason in REASONS if reason in found}, "steps": chosen, "limits": thresholds,
-              "what_if": what_if, "histograms": histograms, "seed": seed, "versions": {"python": platform.python_version(), "numpy": np.__version__,
+    bytes_read, bytes_dropped = int(table["read"][ours].sum()), sum(count["bytes"] for count in found.values())
+    report = {"read": int(ours.sum()), "kept": kept["records"], "dropped": int(ours.sum()) - kept["records"], "bytes_read": bytes_read,
+              "bytes_kept": kept["bytes"], "bytes_taken_out": bytes_read - bytes_dropped - kept["bytes"], "reasons": found, "steps": chosen, "limits": thresholds, "what_if": what_if, "histograms": histograms, "seed": seed, "versions": {"python": platform.python_version(), "numpy": np.__version__,
                                                                                       "unicode": unicodedata.unidata_version}}
     if job.questions:
         report["contamination"] = met_questions(parts, job.questions)
@@ -252,7 +252,7 @@ def cut_pieces(path: str, document_separator: str):
     paragraph, size, problem = [], 0, None
     long = f"it is longer than {LONGEST >> 20} MiB: part it into documents"
     by_line = document_separator == "line" or not path.endswith(".txt")
-    with open(path, "rb") as file:
+    with open(path, "rb", 2**20) as file:
         file.seek(3 * (file.read(3) == b"\xef\xbb\xbf"))  # a byte order mark
         while line := file.readline(LONGEST + 1):
             whole = len(line) <= LONGEST
@@ -311,18 +311,19 @@ def turns_of(row: dict) -> tuple[list[str], bool]:
     """(texts of a record in their order, is it a document); BadInput where training would refuse it."""
     if not isinstance(row, dict):
         raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
-    if {"chosen", "response_chosen"} & row.keys():
+    holds = lambda *names: not row.keys().isdisjoint(names)
+    if holds("chosen", "response_chosen"):
         raise BadInput("a preference: two answers to one question would be taken for duplicates; clean the questions, not the pairs")
-    document = any(row.get(name) is not None for name in ("text", "completion", "content")) and not {"messages", "conversations", "instruction"} & row.keys()
+    document = any(row.get(name) is not None for name in ("text", "completion", "content")) and not holds("messages", "conversations", "instruction")
     document = document and not str(row.get("text", "")).lstrip().startswith("<s>")  # that is Llama2-Chinese
     turns = document_turns(row, Counter()) if document else row_turns(row, Counter())
-    for role, *texts in turns:
-        for text in texts:
-            if not isinstance(text, str):
-                raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
+    texts = [text for _, *texts in turns for text in texts]
+    if not {str}.issuperset(map(type, texts)):
+        role, text = next((role, text) for role, *texts in turns for text in texts if not isinstance(text, str))
+        raise BadInput(f"the {role} text is a {type(text).__name__}, a string belongs there: {str(text)[:60]}")
     if not document and not any(role == "assistant" and texts[0].strip() for role, *texts in turns):
         raise BadInput("it has no answer to train on")
-    return [text for _, *texts in turns for text in texts if text], document
+    return [*filter(None, texts)], document
 
 
 def map_texts(value, function, key: str | None = None):
@@ -384,10 +385,12 @@ def tables() -> SimpleNamespace:
     code, chars = np.arange(told), [*map(chr, range(told))]
     major, minor = np.frombuffer("".join(map(unicodedata.category, chars)).encode(), np.uint8).reshape(told, 2).T
     of = lambda first, second="": np.isin(major, [*first.encode()]) & (np.isin(minor, [*second.encode()]) if second else True)
-    ideograph = of("L", "o") & ((code >= 0x3400) & (code < 0xA000) | (code >= 0x20000)) | (code >= 0xF900) & (code < 0xFB00)
+    unified = of("L", "o") & ((code >= 0x3400) & (code < 0xA000) | (code >= 0x20000) & (code < 0x2F800) | (code >= 0x30000))
+    ideograph = unified | (code >= 0xF900) & (code < 0xFB00) | (code >= 0x2F800) & (code < 0x2FA1E)
     key, unit, kind = np.arange(size, dtype=np.uint32), np.zeros(size, np.uint8), np.full(size, MARK, np.uint8)
-    for at, same in enumerate(map(str.lower, map(functools.partial(unicodedata.normalize, "NFKC"), chars))):
-        if same != chars[at] and len(same) == 1:
+    for at in np.flatnonzero(~(unified | of("C"))).tolist():
+        same = unicodedata.normalize("NFKC", chars[at]).lower()
+        if len(same) == 1:
             key[at] = ord(same)
     key[:told][of("Z") | of("C", "cf")] = 0
     alone = ideograph | of("L", "o") & (code >= 0x0E00) & (code < 0x3400)  # Thai to kana: written without blanks
@@ -397,13 +400,12 @@ def tables() -> SimpleNamespace:
         kind[:told][of(first, second)] = what
     kind[[*map(ord, "\t\n")]] = SPACE
     kind[:told][ideograph] = RARE
-    first, other = {*range(0xE3, 0xEA), 0xEF}, range(0x80, 0xC0)  # bytes of a Han character in UTF-8
-    for at in np.flatnonzero(ideograph[:0xFB00]).tolist():
-        begin, end, *more = chars[at].encode("gb18030")
-        if begin in first and end in other or begin in other and end in first:
-            kind[at] = LEAD if begin in first else TRAIL
-        elif not more and (begin > 0xAF and end > 0xA0 or chars[at].encode("big5hkscs", "ignore")):
-            kind[at] = HAN
+    han = np.flatnonzero(ideograph[:0xFB00])
+    begin, end, third, _ = np.frombuffer(b"".join(chars[at].encode("gb18030").ljust(4, b"\0") for at in han), np.uint8).reshape(-1, 4).T
+    two, (first, other) = third == 0, ((byte >= 0xE3) & (byte < 0xEA) | (byte == 0xEF) for byte in (begin, end))  # begins of a Han character in UTF-8
+    known = two & (begin > 0xAF) & (end > 0xA0)
+    known[two & ~known] = [chars[at].encode("big5hkscs", "ignore") != b"" for at in han[two & ~known]]
+    kind[han] = np.select([first & (end >= 0x80) & (end < 0xC0), other & (begin >= 0x80) & (begin < 0xC0), known], [LEAD, TRAIL, HAN], RARE)
     for at in np.flatnonzero(of("L") & ~alone).tolist():
         if "LATIN" in unicodedata.name(chars[at], ""):
             kind[at] = ACCENTED if 0xC0 <= at < 0x100 else LATIN
@@ -411,8 +413,10 @@ def tables() -> SimpleNamespace:
         kind[[*map(ord, letters)]] = what
     kind[0xD800:0xF900] = kind[0xF0000:] = GARBAGE
     key[[*map(ord, "\t\n")]] = 0
-    value = mix(key.astype(np.uint64)) * (unit > 0)
-    return SimpleNamespace(key=key, unit=unit, kind=kind, value=value, alone=mix(value))
+    value = np.zeros((2, size), np.uint64)
+    value[0, :told] = mix(key[:told].astype(np.uint64)) * (unit[:told] > 0)
+    value[1, :told] = mix(value[0, :told])
+    return SimpleNamespace(key=key, unit=unit, kind=kind, value=value[0], alone=value[1])
 
 
 def mix(values):
@@ -796,35 +800,44 @@ def judge(job: SimpleNamespace, task: tuple) -> int:
         old.append(original)
         document.append(is_document)
         texts.append("\n".join(strings))
-    table["bytes"] = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     fine = np.flatnonzero(table["reason"] == 0)
     met = {}
     sizes = np.cumsum([len(texts[i]) for i in fine])
     for chosen in filter(len, np.split(fine, np.searchsorted(sizes, np.arange(SLICE, sizes[-1], SLICE))) if len(fine) else []):
         judge_texts(job, table, chosen, new, old, about, texts, np.array(document, bool), met)
+    size = lambda text: len(text.encode("utf-8", "surrogatepass"))
+    table["bytes"] = table["read"] = [*map(size, texts)]
+    records, lines, by_line = [], [], isinstance(block[0], tuple) and not path.endswith(".txt")
+    for i, broken in enumerate((table["reason"] == REASONS.index("broken")).tolist()):
+        record = block[i][0].strip() if by_line and not broken and old[i] is None else b"\t"
+        if b"\t" in record or b"\r" in record or b"\\u" in record:  # what is no field, or no line, or hides the name of a column
+            record = dump(new[i])
+        records.append(record)
+        lines.append(b"%b\t%b\t%b\n" % (record, dump(old[i]) if old[i] is not None else b"", dump(about[i]) if about[i] else b""))
+        if old[i] is not None:
+            table["read"][i] = size("\n".join(turns_of(old[i])[0]))
+    table["begin"], table["length"] = np.cumsum([0, *map(len, lines[:-1])]), [*map(len, records)]
+    table["tie"] = np.frombuffer(b"".join(hashlib.sha1(record).digest()[:8] for record in records), np.uint64)
     with finished_file(job.parts / f"{number:06}.jsonl") as file:
-        for i, row in enumerate(new):
-            fields = [dump(row), dump(old[i]) if old[i] is not None else b"", dump(about[i]) if about[i] else b""]
-            table["begin"][i], table["length"][i] = file.tell(), len(fields[0])
-            table["tie"][i] = int.from_bytes(hashlib.blake2b(fields[0], digest_size=8).digest(), "little")
-            file.write(b"\t".join(fields) + b"\n")
+        file.write(b"".join(lines))
     if source >= job.cleaned:  # older records are not cleaned, only compared with
         table["reason"][fine] = 0
     if met and source < job.cleaned:
         replace_json(job.parts / f"{number:06}.json", met)
     with finished_file(job.parts / f"{number:06}.npy") as file:
         np.save(file, table)
-    return int(table["bytes"].sum())
+    return int(table["read"].sum())
 
 
 def clean(row: dict, steps: list[str]) -> tuple[dict, dict | None, list[str], bool]:
     """(the record as it is judged, as it was if that differs, its texts, is it a document); BadInput where no training script takes it."""
     texts, document = turns_of(row)
-    odd = list(filter(ODD.search, texts))
-    if half := re.search("[\ud800-\udfff\U000f1000\U000f1001]", "".join(odd)):
+    text = "\n".join(texts)
+    odd = ODD.search(text) or "\U000f1000" in text or "\U000f1001" in text
+    if half := re.search("[\ud800-\udfff\U000f1000\U000f1001]", text) if odd else None:
         raise BadInput(f"it holds half a character, or U+F1000 or U+F1001, behind {half.string[max(0, half.start() - 10) : half.start()]!r}")
-    changes = [normalize] * ("normalize" in steps and any(odd)) + [mask_private] * ("private" in steps)
-    changes += [drop_boilerplate] * (document and "rules" in steps and any(map(BOILERPLATE.search, texts)))
+    changes = [normalize] * ("normalize" in steps and bool(odd)) + [mask_private] * ("private" in steps)
+    changes += [drop_boilerplate] * (document and "rules" in steps and bool(BOILERPLATE.search(text)))
     added = {name for name, step in zip(ADDED, ("score", "score", "words")) if step in steps} & row.keys()  # by an earlier run
     if not changes and not added:
         return row, None, texts, document
@@ -849,7 +862,8 @@ def judge_texts(job: SimpleNamespace, table, chosen, new: list, old: list, about
             elif "drop_line" in actions:
                 places = {strings[j].count("\n", 0, place - int(spelled.bounds[j])) for _, _, action, place in found if action == "drop_line"}
                 kept = [line for k, line in enumerate(strings[j].split("\n")) if k not in places]
-                old[i], new[i], strings[j], again = old[i] or new[i], new[i] | {name: "\n".join(kept)}, "\n".join(kept), True
+                texts[i] = strings[j] = "\n".join(kept)
+                old[i], new[i], again = old[i] or new[i], new[i] | {name: texts[i]}, True
                 reason[j] = 0 if strings[j].strip() else REASONS.index("words")
             about[i]["words"] = [[category, word, action] for word, category, action, _ in found]
         spelled = spell(strings) if again else spelled
@@ -895,7 +909,7 @@ def dump(row) -> bytes:
 def finished_file(path: Path):
     """A file to write to, that is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}.new")
-    with open(unfinished, "wb") as file:
+    with open(unfinished, "wb", 2**20) as file:
         yield file
     unfinished.replace(path)
 
@@ -948,6 +962,7 @@ def judge_files(job: SimpleNamespace, files: list[str], document_separator: str,
                     bar.update(int(np.load(part, mmap_mode="r")["bytes"].sum()))
                 number += 1
 
+    tables()  # before the processes begin, which then have them
     with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="judging") as bar:
         for size in in_processes(functools.partial(judge, job), tasks(), workers):
             bar.update(size)
@@ -959,8 +974,8 @@ def load_parts(parts: Path) -> dict:
     files = sorted(parts.glob("[0-9]*.npy"))  # scores.npy is no part
     maps = [np.load(file, mmap_mode="r") for file in files]
     table = {name: np.concatenate([part[name] for part in maps] or [np.zeros(0, DTYPE[name])])
-             for name in ("source", "record", "begin", "length", "bytes", "reason", "group", "size", "units", "quality", "share", "key", "tie")}
-    return table | {"part": np.repeat(np.arange(len(maps), dtype=np.uint32), [len(part) for part in maps]), "maps": maps, "files": files}
+             for name in ("source", "record", "begin", "length", "read", "bytes", "reason", "group", "size", "units", "quality", "share", "key", "tie")}
+    return table | {"part": np.repeat(np.arange(len(maps), dtype=np.uint32), [len(part) for part in maps]), "maps": maps, "records_of": [str(file.with_suffix(".jsonl")) for file in files]}
 
 
 def column(table: dict, name: str, index) -> np.ndarray:
@@ -1049,7 +1064,8 @@ def compare_clusters(task, *, limits: dict) -> list[tuple[int, int, float]]:
             keys, twin, nearest = list(enumerate(bands[i].tolist())), -1, 0.0
             for j in [] if older[i] else sorted({j for key in keys for j in stay.get(key, ())}):
                 (shingles, words, numbers), (others, other_words, other_numbers) = read(where[i]), read(where[j])
-                common = len(np.intersect1d(shingles, others, assume_unique=True))
+                both = np.sort(np.concatenate([shingles, others]), kind="stable")  # which merges what is sorted already
+                common = int((both[1:] == both[:-1]).sum())
                 index = common / (len(shingles) + len(others) - common)
                 # Two sums, two receipts, two editions of a price list: what says the same but for its numbers and signs is no copy
                 if not limits["same_but_numbers"] and words == other_words and numbers != other_numbers:
@@ -1067,25 +1083,30 @@ def compare_clusters(task, *, limits: dict) -> list[tuple[int, int, float]]:
 
 def place_of(table: dict, i: int) -> tuple[str, int, int]:
     """(path, begin, length) of a record as it would be kept."""
-    return str(table["files"][table["part"][i]].with_suffix(".jsonl")), int(table["begin"][i]), int(table["length"][i])
+    return table["records_of"][table["part"][i]], int(table["begin"][i]), int(table["length"][i])
 
 
-def read_text_of(place: tuple[str, int, int]) -> str:
-    """The text of a record of a part."""
-    with open(place[0], "rb") as file:
-        file.seek(place[1])
-        return "\n".join(turns_of(json.loads(file.read(place[2])))[0])
+def read_texts(places: list) -> list[str]:
+    """The texts of records of parts; a file is opened once."""
+    texts = {}
+    for path, those in itertools.groupby(sorted(places), key=lambda place: place[0]):
+        with open(path, "rb") as file:
+            for place in those:
+                file.seek(place[1])
+                texts[place] = "\n".join(turns_of(json.loads(file.read(place[2])))[0])
+    return [texts[place] for place in places]
 
 
 def load_texts(places: list) -> list[tuple]:
-    """(its different shingles, its letters, its digits and signs of arithmetic) of each text."""
-    spelled, look = spell([read_text_of(place) for place in places]), tables()
-    codes = spelled.codes[spelled.place]
+    """(its different shingles, sorted; its letters; its digits and signs of arithmetic) of each text."""
+    spelled, look = spell(read_texts(places)), tables()
+    codes = spelled.codes.take(spelled.place)
     number = (look.kind[codes] == DIGIT) | (look.unit[codes] == 1) & (look.kind[codes] != HAN) & (codes < 0x2E80)
-    shingles, owner = grams_of(*units_of(spelled), SHINGLE)
     split = lambda values, owner: np.split(values, np.searchsorted(owner, np.arange(1, len(places))))
-    texts = (split(spelled.key[chosen], spelled.key_owner[chosen]) for chosen in (~number & (look.unit[codes] > 0), number))
-    return [(np.unique(found), letters.tobytes(), digits.tobytes()) for found, letters, digits in zip(split(shingles, owner), *texts)]
+    texts = [*map(np.sort, split(*grams_of(*units_of(spelled), SHINGLE)))]
+    shingles = [text[np.append(True, text[1:] != text[:-1])] if len(text) else text for text in texts]
+    letters, numbers = (split(spelled.key[chosen], spelled.key_owner[chosen]) for chosen in (~number & (look.unit[codes] > 0), number))
+    return [(different, letter.tobytes(), digit.tobytes()) for different, letter, digit in zip(shingles, letters, numbers)]
 
 
 def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: int) -> None:
@@ -1101,7 +1122,7 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
     stay = np.flatnonzero((table["reason"] == 0) & (table["source"] < cleaned))
     for i in tqdm(stay, desc="scoring", unit=" texts"):
         if np.isnan(scores[i]):
-            text = read_text_of(place_of(table, i))[:1000]
+            text = read_texts([place_of(table, i)])[0][:1000]
             ids = torch.tensor([begin + tokenizer(text, add_special_tokens=False).input_ids], device=device)
             with torch.inference_mode():
                 loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
@@ -1132,33 +1153,34 @@ def first_problem(parts: Path) -> str:
 
 
 def write_records(output_dir: Path, table: dict, twins: dict, buckets, sources: list[str], cleaned: int) -> dict:
-    """Write kept.jsonl and dropped.jsonl, in the order read; returns {reason: {"records", "bytes", "examples"}} with "" for what is kept."""
+    """Write kept.jsonl and dropped.jsonl, in the order read; returns {reason: {"records", "bytes", "examples"}} with "" for what is kept.
+
+    The bytes are those of the texts as they were read, of the kept ones as they are kept."""
     name = lambda i: f"{sources[table['source'][i]]}:{table['record'][i]}"
-    found, i = {}, 0
+    found, first = {}, 0
+    for number, reason in enumerate(REASONS):
+        those = (table["source"] < cleaned) & (table["reason"] == number)
+        if those.any():
+            found[reason] = {"records": int(those.sum()), "bytes": int(table["read" if reason else "bytes"][those].sum()), "examples": []}
     with finished_file(output_dir / "kept.jsonl") as kept, finished_file(output_dir / "dropped.jsonl") as dropped:
-        for part in table["files"]:
-            with open(part.with_suffix(".jsonl"), "rb") as lines:
-                for line in lines:
-                    if table["source"][i] >= cleaned:
-                        break
-                    reason = REASONS[table["reason"][i]]
+        for path, part in zip(table["records_of"], table["maps"]):
+            if table["source"][first] >= cleaned:
+                break
+            with open(path, "rb", 2**20) as lines:
+                for i, (line, number) in enumerate(zip(lines, table["reason"][first : first + len(part)].tolist()), first):
                     new, old, known = line.rstrip(b"\n").split(b"\t")
-                    about = json.loads(known) if known else {}
-                    if not reason:
-                        more = {}
+                    about, more, reason = json.loads(known) if known else {}, {}, REASONS[number]
+                    if reason:
+                        more = {"reason": reason, "read_from": name(i)} | ({"duplicate_of": name(twins["twin"][i])} if twins["twin"][i] >= 0 else {}) | about
+                        if len(found[reason]["examples"]) < 3:
+                            found[reason]["examples"].append({**more, "record": (old or new).decode()[:300]})
+                    else:
                         if buckets is not None and buckets[i] >= 0:
                             more = {"quality": round(float(table["quality"][i]), 4), "bucket": ("high", "medium", "low")[buckets[i]]}
                         if flagged := Counter(category for category, _, action in about.get("words", []) if action == "flag"):
                             more["flagged"] = dict(flagged)
-                    else:
-                        more = {"reason": reason, "read_from": name(i)} | ({"duplicate_of": name(twins["twin"][i])} if twins["twin"][i] >= 0 else {}) | about
                     (dropped if reason else kept).write(with_columns(old if reason and old else new, more) + b"\n")
-                    count = found.setdefault(reason, {"records": 0, "bytes": 0, "examples": []})
-                    count["records"] += 1
-                    count["bytes"] += int(table["bytes"][i])
-                    if len(count["examples"]) < 3 and reason:
-                        count["examples"].append({**more, "record": (old or new).decode()[:300]})
-                    i += 1
+            first += len(part)
     return found
 
 
@@ -1216,9 +1238,10 @@ def met_questions(parts: Path, questions) -> dict:
 
 
 def write_cleaning_report(folder: Path, report: dict) -> None:
-    """report.md, histograms.png, and at the last report.json, by which a run is finished."""
+    """report.md, histograms.svg, and at the last report.json, by which a run is finished."""
     lines = ["# What the cleaning of this corpus did", "", f"{report['read']:,} records read, {report['kept']:,} kept, {report['dropped']:,} dropped; "
-             f"{report['bytes_read']:,} bytes of text read, {report['bytes_kept']:,} kept. Steps: {', '.join(report['steps'])}.",
+             f"{report['bytes_read']:,} bytes of text read, {report['bytes_kept']:,} kept; {report['bytes_taken_out']:,} were taken out of texts that are kept "
+             f"(boilerplate, lines with listed words, what nobody sees). Steps: {', '.join(report['steps'])}.",
              "", "| why dropped | records | bytes | share of bytes |", "|---|---|---|---|"]
     share = lambda size: f"{size / max(1, report['bytes_read']):.2%}"
     lines += [f"| {reason} | {found['records']:,} | {found['bytes']:,} | {share(found['bytes'])} |" for reason, found in report["reasons"].items()]
@@ -1234,7 +1257,7 @@ def write_cleaning_report(folder: Path, report: dict) -> None:
                   "", "| set | questions | any part found | half or more | four fifths or more |", "|---|---|---|---|---|"]
         lines += [f"| {name} | {' | '.join(f'{count:,}' for count in counts.values())} |" for name, counts in found["sets"].items()]
         lines += [""] + [f"- {example['question']}, {example['share']:.0%} of it: {code(example['text'])}" for example in found["examples"]]
-    lines += ["", "## How the texts are spread", "", "![histograms](histograms.png)", "", "## Examples", ""]
+    lines += ["", "## How the texts are spread", "", "![histograms](histograms.svg)", "", "## Examples", ""]
     for reason, found in report["reasons"].items():
         lines += [f"### {reason}", ""]
         for example in found["examples"]:
@@ -1244,7 +1267,7 @@ def write_cleaning_report(folder: Path, report: dict) -> None:
     lines += [f"Seed {report['seed']}; " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "; MinHash of "
               f"{BANDS} bands of {ROWS} rows over {SHINGLE} units."]
     (folder / "report.md").write_text("\n".join(lines) + "\n", "utf-8")
-    draw_histograms(folder / "histograms.png", report["histograms"], report["limits"])
+    draw_histograms(folder / "histograms.svg", report["histograms"], report["limits"])
     replace_json(folder / "report.json", report)
 
 
@@ -1254,26 +1277,24 @@ def code(text: str) -> str:
 
 
 def draw_histograms(path: Path, histograms: dict, limits: dict) -> None:
-    """All histograms in one picture, with the limits in red."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = -(-len(histograms) // 4)
-    figure, axes = pyplot.subplots(max(1, rows), 4, figsize=(14, 2.8 * max(1, rows)), squeeze=False, gridspec_kw={"hspace": 0.4, "wspace": 0.25})
-    for axis in axes.flat[len(histograms):]:
-        axis.axis("off")
-    for axis, (name, found) in zip(axes.flat, histograms.items()):
-        axis.stairs(found["counts"], found["edges"], fill=True)
-        axis.set(title=name.replace("_", " "), yscale="log", xscale="log" if found["edges"][-1] == 1e6 else "linear")
-        axis.minorticks_off()
-        for limit in (f"least_{name}", f"most_{name}", name):
-            if limits.get(limit) is not None:
-                axis.axvline(limits[limit], color="tab:red")
-    figure.supylabel("records", x=0.08)
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    """All histograms in one picture, records on a scale of logarithms, the limits in red; without matplotlib, whose import takes as long as 10 MB of text."""
+    parts, columns, width, height = [], 4, 260, 120
+    for number, (name, found) in enumerate(histograms.items()):
+        edges, counts = (np.array(found[key], float) for key in ("edges", "counts"))
+        scale = np.log10 if edges[-1] == 1e6 else np.array
+        across = lambda value: np.round(width * (scale(value) - scale(edges[0])) / (scale(edges[-1]) - scale(edges[0])), 1).tolist()
+        tops = np.round(height * (1 - np.log1p(counts) / np.log1p(counts.max())), 1).tolist()
+        bars = "".join(f"M{left} {height}V{top}H{right}V{height}" for left, right, top in zip(across(edges[:-1]), across(edges[1:]), tops) if top < height)
+        lines = "".join(f"M{across(limits[limit])} 0V{height}" for limit in (f"least_{name}", f"most_{name}", name)
+                        if limits.get(limit) is not None and edges[0] <= limits[limit] <= edges[-1])
+        texts = [(0, -6, "start", f"{counts.max():,.0f} records"), (width, -6, "end", name.replace("_", " ")),
+                 *((across(value), height + 14, anchor, f"{value:,.4g}") for value, anchor in ((edges[0], "start"), (edges[-1], "end")))]
+        parts.append(f'<g transform="translate({20 + number % columns * (width + 40)} {30 + number // columns * (height + 50)})">'
+                     f'<path d="{bars}" fill="#4477aa"/><path d="M0 {height}H{width}" stroke="black"/><path d="{lines}" stroke="#cc3311" stroke-width="2"/>'
+                     + "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in texts) + "</g>")
+    size = columns * (width + 40), 20 + -(-len(histograms) // columns) * (height + 50)
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" font-family="sans-serif" font-size="12">'
+                    f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n', "utf-8")
 
 
 if __name__ == "__main__":

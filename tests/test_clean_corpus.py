@@ -373,8 +373,8 @@ def test_what_cannot_be_used_is_said_in_one_line_before_anything_is_written(tmp_
 def test_the_report_names_counts_limits_and_examples_and_shows_a_picture(clean, tmp_path):
     clean(data_path=str(ROOT / "sample" / "web" / "pages.txt"), document_separator="blank_line", output_dir=str(tmp_path / "o"), good_text=str(ROOT / "sample" / "corpus.txt"),
           word_list=str(ROOT / "sample" / "web" / "words.tsv"), eval_data=str(ROOT / "sample" / "web" / "questions.csv"))
-    report, picture = (tmp_path / "o" / "report.md").read_text("utf-8"), (tmp_path / "o" / "histograms.png").read_bytes()
-    assert picture[:4] == b"\x89PNG" and all(f"| {name} |" in report for name in corpus.DEFAULTS)
+    report, picture = (tmp_path / "o" / "report.md").read_text("utf-8"), (tmp_path / "o" / "histograms.svg").read_text("utf-8")
+    assert picture.count("<g ") == len(json.loads((tmp_path / "o" / "report.json").read_text("utf-8"))["histograms"]) > 9 and all(f"| {name} |" in report for name in corpus.DEFAULTS)
     for said in ("18 records read, 11 kept, 7 dropped", "| near | 1 |", "### contamination", "questions.csv", "Seed 42"):
         assert said in report
     assert not [path for path in (tmp_path / "o").iterdir() if path.name.startswith(".") or path.name == "parts"]
