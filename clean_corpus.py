@@ -74,7 +74,7 @@ DEFAULTS = {name: value for name, (value, _) in (RULES | OTHER_LIMITS).items()}
 MEASURES = list(dict.fromkeys(name.partition("_")[2] for name in RULES))
 REASONS = ["", "broken", "words", "contamination", *(f"rule:{name}" for name in RULES), "exact", "near"]
 BANDS, ROWS, SHINGLE, GRAM = 14, 8, 5, 13  # FineWeb's bands; units of a shingle; units of a question that count as found
-BLOCK, SLICE, LONGEST = 2**21, 2**18, 2**24  # bytes of a part; characters judged at a time, in a core's cache; bytes of a line beyond which it is no document
+BLOCK, SLICE, LONGEST = 2**21, 2**17, 2**24  # bytes of a part; characters judged at a time, in a core's cache; bytes of a line beyond which it is no document
 TEXTS = ("text", "completion", "content", "context", "instruction", "input", "output", "target", "prompt", "system", "history", "conversations", "messages")
 ADDED = ("quality", "bucket", "flagged")  # columns that kept records get
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff"  # controls, soft hyphen, zero width; not the joiners of emoji and Indic scripts
@@ -82,9 +82,9 @@ ODD = re.compile(f"[{UNSEEN}\r\ud800-\udfff]")  # none above U+FFFF: then it tak
 BOILERPLATE = re.compile(  # every alternative begins with a letter of its own: so a search takes no longer than reading
     "版权所有|未经(?:授权|许可|允许).*转载|关注.{0,8}公众号|扫码|扫一扫|上一篇[:：]|下一篇[:：]|ICP备|点击(?:查看|阅读|下载|进入|这里)|责任编辑[:：]|"
     "All rights reserved|all rights reserved|Click here|click here|Subscribe to our")
-DTYPE = np.dtype([("source", "u4"), ("record", "u8"), ("begin", "u8"), ("length", "u4"), ("read", "u4"), ("bytes", "u4"), ("size", "u4"), ("units", "u4"), ("reason", "u1"),
-                  ("group", "u1"), ("quality", "f4"), ("share", "f4"), ("tie", "u8"), ("key", "u8", 2), ("bands", "u8", BANDS),
-                  ("measures", "f4", len(MEASURES))])  # what is known of a record by itself
+DTYPE = np.dtype([("source", "u4"), ("record", "u8"), ("begin", "u8"), ("length", "u4"), ("read", "u4"), ("bytes", "u4"), ("size", "u4"), ("units", "u4"),
+                  ("reason", "u1"), ("group", "u1"), ("quality", "f4"), ("share", "f4"), ("tie", "u8"), ("key", "u8", 2), ("bands", "u8", BANDS),
+                  ("measures", "f4", len(MEASURES))])  # what is known of a record by itself; `read` and `bytes` of its text, as read and as it would be kept
 
 
 def main(
@@ -168,10 +168,11 @@ def main(
     found = write_records(output, table, twins, buckets, sources + older, len(sources))
     kept = found.pop("", {"records": 0, "bytes": 0})
     histograms, what_if = survey(table, twins, thresholds, len(sources))
-    bytes_read, bytes_dropped = int(table["read"][ours].sum()), sum(count["bytes"] for count in found.values())
-    report = {"read": int(ours.sum()), "kept": kept["records"], "dropped": int(ours.sum()) - kept["records"], "bytes_read": bytes_read,
-              "bytes_kept": kept["bytes"], "bytes_taken_out": bytes_read - bytes_dropped - kept["bytes"], "reasons": found, "steps": chosen, "limits": thresholds, "what_if": what_if, "histograms": histograms, "seed": seed, "versions": {"python": platform.python_version(), "numpy": np.__version__,
-                                                                                      "unicode": unicodedata.unidata_version}}
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "unicode": unicodedata.unidata_version}
+    report = {"read": int(ours.sum()), "kept": kept["records"], "dropped": int(ours.sum()) - kept["records"], "bytes_read": int(table["read"][ours].sum()),
+              "bytes_kept": kept["bytes"], "reasons": found, "steps": chosen, "limits": thresholds, "what_if": what_if, "histograms": histograms, "seed": seed,
+              "versions": versions}
+    report["bytes_taken_out"] = report["bytes_read"] - sum(count["bytes"] for count in found.values()) - kept["bytes"]
     if job.questions:
         report["contamination"] = met_questions(parts, job.questions)
     write_cleaning_report(output, report)
@@ -409,7 +410,8 @@ def tables() -> SimpleNamespace:
     for at in np.flatnonzero(of("L") & ~alone).tolist():
         if "LATIN" in unicodedata.name(chars[at], ""):
             kind[at] = ACCENTED if 0xC0 <= at < 0x100 else LATIN
-    for letters, what in (("{}[]()<>=;_+*/\\|&^%$#@~`", SIGN), (",\t", SEPARATOR), ("。！？；…」』”’.!?;:：）》】\"'", END), ("□■◆◇", BOX), ("\ufffd", GARBAGE)):
+    signs, ends = "{}[]()<>=;_+*/\\|&^%$#@~`", "。！？；…」』”’.!?;:：）》】\"'"
+    for letters, what in ((signs, SIGN), (",\t", SEPARATOR), (ends, END), ("□■◆◇", BOX), ("\ufffd", GARBAGE)):
         kind[[*map(ord, letters)]] = what
     kind[0xD800:0xF900] = kind[0xF0000:] = GARBAGE
     key[[*map(ord, "\t\n")]] = 0
@@ -963,6 +965,9 @@ def judge_files(job: SimpleNamespace, files: list[str], document_separator: str,
                 number += 1
 
     tables()  # before the processes begin, which then have them
+    with contextlib.suppress(OSError, AttributeError):  # glibc: arrays come and go, and a quarter of the time would go into pages given back and asked for
+        malloc = ctypes.CDLL(None).mallopt
+        malloc(-3, 2**25), malloc(-1, 2**28)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="judging") as bar:
         for size in in_processes(functools.partial(judge, job), tasks(), workers):
             bar.update(size)
@@ -970,12 +975,13 @@ def judge_files(job: SimpleNamespace, files: list[str], document_separator: str,
 
 # ---- all records together ----
 def load_parts(parts: Path) -> dict:
-    """The columns of all parts that fit the memory (some 90 bytes a record), with `part` and the paths of all; bands and measures stay on the disk."""
+    """The columns of all parts that fit the memory (some 90 bytes a record), with `part` and the records' paths of all; bands and measures stay on the disk."""
     files = sorted(parts.glob("[0-9]*.npy"))  # scores.npy is no part
     maps = [np.load(file, mmap_mode="r") for file in files]
     table = {name: np.concatenate([part[name] for part in maps] or [np.zeros(0, DTYPE[name])])
              for name in ("source", "record", "begin", "length", "read", "bytes", "reason", "group", "size", "units", "quality", "share", "key", "tie")}
-    return table | {"part": np.repeat(np.arange(len(maps), dtype=np.uint32), [len(part) for part in maps]), "maps": maps, "records_of": [str(file.with_suffix(".jsonl")) for file in files]}
+    table["part"] = np.repeat(np.arange(len(maps), dtype=np.uint32), [len(part) for part in maps])
+    return table | {"maps": maps, "records_of": [str(file.with_suffix(".jsonl")) for file in files]}
 
 
 def column(table: dict, name: str, index) -> np.ndarray:
@@ -1047,8 +1053,8 @@ def near_duplicates(table: dict, members, rank, older, limits: dict, workers: in
         if task:
             yield task
 
-    with tqdm(total=len(linked), unit=" texts", desc="comparing") as bar:
-        for found in in_processes(functools.partial(compare_clusters, limits=limits), tasks(), workers):
+    with tqdm(total=len(linked), unit=" texts", desc="comparing") as bar:  # few are compared before processes have begun
+        for found in in_processes(functools.partial(compare_clusters, limits=limits), tasks(), workers if len(linked) > 5000 else 1):
             bar.update(len(found))
             yield found
 
@@ -1086,7 +1092,7 @@ def place_of(table: dict, i: int) -> tuple[str, int, int]:
     return table["records_of"][table["part"][i]], int(table["begin"][i]), int(table["length"][i])
 
 
-def read_texts(places: list) -> list[str]:
+def texts_at(places: list) -> list[str]:
     """The texts of records of parts; a file is opened once."""
     texts = {}
     for path, those in itertools.groupby(sorted(places), key=lambda place: place[0]):
@@ -1099,7 +1105,7 @@ def read_texts(places: list) -> list[str]:
 
 def load_texts(places: list) -> list[tuple]:
     """(its different shingles, sorted; its letters; its digits and signs of arithmetic) of each text."""
-    spelled, look = spell(read_texts(places)), tables()
+    spelled, look = spell(texts_at(places)), tables()
     codes = spelled.codes.take(spelled.place)
     number = (look.kind[codes] == DIGIT) | (look.unit[codes] == 1) & (look.kind[codes] != HAN) & (codes < 0x2E80)
     split = lambda values, owner: np.split(values, np.searchsorted(owner, np.arange(1, len(places))))
@@ -1122,7 +1128,7 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
     stay = np.flatnonzero((table["reason"] == 0) & (table["source"] < cleaned))
     for i in tqdm(stay, desc="scoring", unit=" texts"):
         if np.isnan(scores[i]):
-            text = read_texts([place_of(table, i)])[0][:1000]
+            text = texts_at([place_of(table, i)])[0][:1000]
             ids = torch.tensor([begin + tokenizer(text, add_special_tokens=False).input_ids], device=device)
             with torch.inference_mode():
                 loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
@@ -1277,24 +1283,29 @@ def code(text: str) -> str:
 
 
 def draw_histograms(path: Path, histograms: dict, limits: dict) -> None:
-    """All histograms in one picture, records on a scale of logarithms, the limits in red; without matplotlib, whose import takes as long as 10 MB of text."""
+    """All histograms in one picture, records on a scale of logarithms, the limits in red. As SVG: importing matplotlib takes as long as 10 MB of text."""
     parts, columns, width, height = [], 4, 260, 120
     for number, (name, found) in enumerate(histograms.items()):
-        edges, counts = (np.array(found[key], float) for key in ("edges", "counts"))
-        scale = np.log10 if edges[-1] == 1e6 else np.array
-        across = lambda value: np.round(width * (scale(value) - scale(edges[0])) / (scale(edges[-1]) - scale(edges[0])), 1).tolist()
-        tops = np.round(height * (1 - np.log1p(counts) / np.log1p(counts.max())), 1).tolist()
-        bars = "".join(f"M{left} {height}V{top}H{right}V{height}" for left, right, top in zip(across(edges[:-1]), across(edges[1:]), tops) if top < height)
-        lines = "".join(f"M{across(limits[limit])} 0V{height}" for limit in (f"least_{name}", f"most_{name}", name)
-                        if limits.get(limit) is not None and edges[0] <= limits[limit] <= edges[-1])
-        texts = [(0, -6, "start", f"{counts.max():,.0f} records"), (width, -6, "end", name.replace("_", " ")),
-                 *((across(value), height + 14, anchor, f"{value:,.4g}") for value, anchor in ((edges[0], "start"), (edges[-1], "end")))]
-        parts.append(f'<g transform="translate({20 + number % columns * (width + 40)} {30 + number // columns * (height + 50)})">'
-                     f'<path d="{bars}" fill="#4477aa"/><path d="M0 {height}H{width}" stroke="black"/><path d="{lines}" stroke="#cc3311" stroke-width="2"/>'
-                     + "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in texts) + "</g>")
+        edges, counts = np.array(found["edges"]), np.array(found["counts"], float)
+        borders, tops = across(edges, edges, width), np.round(height * (1 - np.log1p(counts) / np.log1p(counts.max())), 1).tolist()
+        bars = "".join(f"M{left} {height}V{top}H{right}V{height}" for left, right, top in zip(borders, borders[1:], tops) if top < height)
+        drawn = [limits[limit] for limit in (f"least_{name}", f"most_{name}", name) if limits.get(limit) is not None]
+        lines = "".join(f"M{across(limit, edges, width)} 0V{height}" for limit in drawn if edges[0] <= limit <= edges[-1])
+        texts = [(0, -6, "start", f"up to {counts.max():,.0f} records"), (width, -6, "end", name.replace("_", " ")),
+                 (0, height + 14, "start", f"{edges[0]:,.7g}"), (width, height + 14, "end", f"{edges[-1]:,.7g}")]
+        labels = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in texts)
+        left, top = 20 + number % columns * (width + 40), 30 + number // columns * (height + 50)
+        parts.append(f'<g transform="translate({left} {top})"><path d="{bars}" fill="#4477aa"/>'
+                     f'<path d="M0 {height}H{width}" stroke="black"/><path d="{lines}" stroke="#cc3311" stroke-width="2"/>{labels}</g>')
     size = columns * (width + 40), 20 + -(-len(histograms) // columns) * (height + 50)
     path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" font-family="sans-serif" font-size="12">'
                     f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n', "utf-8")
+
+
+def across(values, edges, width: int):
+    """Where values stand on an axis of this width from the first edge to the last, by their logarithms where it reaches to a million."""
+    scale = np.log10 if edges[-1] == 1e6 else np.asarray
+    return np.round(width * (scale(values) - scale(edges[0])) / (scale(edges[-1]) - scale(edges[0])), 1).tolist()
 
 
 if __name__ == "__main__":
