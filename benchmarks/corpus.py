@@ -3,12 +3,16 @@
     python -m venv peer && peer/bin/pip install "datatrove==0.10.1" "xxhash<4" "datasketch==2.0.0" regex orjson
     python benchmarks/corpus.py --peer peer/bin/python --data_dir ../shared/data                       # about 10 minutes on two CPU threads
     python benchmarks/corpus.py --peer peer/bin/python --data_dir ../shared/data --sizes 250,500,1000  # and the memory, 15 minutes and 4 GB of disk more
+    python benchmarks/corpus.py --data_dir ../shared/data --pretrain True                              # does cleaning pay? a quarter of an hour on one thread
 
 The texts are parts of some 880 characters of text/*.txt, in their order, with planted near duplicates: copies with a share of their
 characters replaced. All take 5-character shingles (ours: 5 units), 112 hashes, 14 bands of 8. datatrove gets a tokenizer that gives
 characters, since it has none that Chinese could be compared by without jieba; datasketch gets a set of 5-character strings. Each runs
 in a process of its own, with two of its children where it takes more than one, in turns. As the machine may have other work, processor
 seconds (user and system, children with them) are given beside the seconds on the clock.
+
+--pretrain makes the texts as dirty as a crawl (`crawl` says how), cleans them with the default flags, and trains the default model for as many tokens on
+either: bits per character of texts that are in neither, and like none that is.
 """
 import json
 import os
@@ -87,15 +91,17 @@ if __name__ == "__main__":
 
 def main(
     *,
-    peer: str,
+    peer: str | None = None,
     data_dir: str,
     megabytes: int = 30,
     rules: bool = True,
     sizes: str = "",
     repeats: int = 3,
+    pretrain: bool = False,
+    steps: int = 120,
     seed: int = 0,
 ):
-    """Print tables of speed, of pairs found, and of memory.
+    """Print tables of speed, of pairs found, and of memory, or what cleaning does for pretraining.
 
     Args:
         peer: The Python of an environment that has datatrove and datasketch.
@@ -104,14 +110,22 @@ def main(
         rules: Measure rules and duplicates together as well, not near duplicates alone.
         sizes: Megabytes of corpora to measure the memory with, with commas, as 250,500,1000; empty: none.
         repeats: Runs of each, taking turns; the tables have their medians and spread. 0: only the memory.
+        pretrain: Train on raw and on cleaned text instead.
+        steps: Of that, with 512 tokens each.
         seed: Of the texts' order and of what is planted.
     """
-    check_file("peer", peer)
-    peer = os.path.abspath(peer)
     if not (files := sorted(Path(data_dir, "text").glob("*.txt"))):
         raise BadInput(f"--data_dir={data_dir} has no text/*.txt")
+    if not peer and repeats and not pretrain:
+        raise BadInput("--peer is missing: the Python of an environment with datatrove and datasketch (the first lines of this file say how to make one)")
+    if peer:
+        check_file("peer", peer)
+        peer = os.path.abspath(peer)
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
+        if pretrain:
+            judge_pretraining(files, work, steps, seed)
+            return
         texts, pairs = plant(files, megabytes * 1e6, seed)
         (work / "in").mkdir()
         for half in range(2):  # datatrove gives a process whole files
@@ -151,9 +165,9 @@ def main(
             judge_memory([int(value) for value in sizes.split(",")], files, work, seed)
 
 
-def plant(files: list[Path], size: float, seed: int) -> tuple[list[str], list[tuple[int, int]]]:
-    """(texts, pairs of an original and its planted copy): parts of some 880 characters, a fifth of them copied with characters replaced."""
-    generator, texts = random.Random(seed), []
+def parts_of(files: list[Path], generator: random.Random) -> list[str]:
+    """Whole lines of some 880 characters together, in random order."""
+    texts = []
     for file in files:
         part = ""
         for line in file.read_text("utf-8").splitlines():
@@ -162,6 +176,13 @@ def plant(files: list[Path], size: float, seed: int) -> tuple[list[str], list[tu
                 texts.append(part)
                 part = ""
     generator.shuffle(texts)
+    return texts
+
+
+def plant(files: list[Path], size: float, seed: int) -> tuple[list[str], list[tuple[int, int]]]:
+    """(texts, pairs of an original and its planted copy): parts of some 880 characters, a fifth of them copied with characters replaced."""
+    generator = random.Random(seed)
+    texts = parts_of(files, generator)
     sentences = [part for text in texts for part in re.findall(r"[^。！？\n]+[。！？\n]?", text) if part.strip()]
     missing = size / 1.2 - sum(len(text.encode()) for text in texts)
     while missing > 0:
@@ -259,6 +280,54 @@ def judge_memory(sizes: list[int], files: list[Path], work: Path, seed: int) -> 
     axis.set(xlabel="corpus, GB of text", ylabel="peak memory, GB", ylim=(0, None), xlim=(0, None), title="clean_corpus.py, two processes")
     figure.tight_layout()
     figure.savefig("corpus_memory.png", dpi=100)
+
+
+def crawl(texts: list[str], generator: random.Random) -> list[str]:
+    """Texts as a crawler meets them: three in ten are copies of few popular ones, with some characters changed; half have lines that only a page
+    needs; one in eight is a menu or an advertisement that repeats itself. Mojibake is not among them: training would refuse it."""
+    lines = ("版权所有，未经授权不得转载。", "关注我们的公众号，每天都有新内容", "上一篇：昨天的故事", "下一篇：明天的故事", "点击查看全文", "责任编辑：王五", "扫码下载客户端")
+    popular, found = generator.sample(texts, max(1, len(texts) // 60)), list(texts)
+    for _ in range(len(texts) * 3 // 7):
+        copy = list(generator.choice(popular))
+        for place in generator.sample(range(len(copy)), generator.choice((0, 0, len(copy) // 100))):
+            copy[place] = generator.choice(copy)
+        found.append("".join(copy))
+    found = [text if generator.random() < 0.5 else "\n".join([generator.choice(lines), text.strip(), *generator.sample(lines, 3)]) for text in found]
+    for _ in range(len(found) // 7):
+        menu = "\n".join(generator.choices("首页 新闻 图片 视频 论坛 博客 招聘 帮助 登录 注册 更多".split(), k=200))
+        found.append(generator.choice((menu, "买面粉送面袋，" * 120)))
+    generator.shuffle(found)
+    return found
+
+
+def judge_pretraining(files: list[Path], work: Path, steps: int, seed: int) -> None:
+    """Print the bits per character of held-out text, before and after training on raw and on cleaned text."""
+    def write(name: str, texts: list[str]) -> Path:
+        path = work / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+        return path
+
+    def run(*command) -> str:
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+        if done.returncode:
+            raise BadInput(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+        return done.stdout + done.stderr
+
+    generator = random.Random(seed)
+    texts = [text for text in parts_of(files, generator) if len(text) < 1500]
+    held_out, corpus = write("held_out", texts[:24]), write("corpus", texts[24:1024])
+    run("clean_corpus.py", "--data_path", corpus, "--against", held_out, "--output_dir", work / "unlike", "--steps", "exact,near")
+    raw = write("raw", crawl([json.loads(line)["text"] for line in open(work / "unlike" / "kept.jsonl", encoding="utf-8")], generator))
+    report = json.loads(run("clean_corpus.py", "--data_path", raw, "--output_dir", work / "cleaned").splitlines()[0])
+    print(f"{report['read']} records, {report['bytes_read'] / 1e6:.2f} MB; cleaned {report['kept']}, {report['bytes_kept'] / 1e6:.2f} MB: {report['reasons']}", flush=True)
+    base = run("scripts/default_model.py").splitlines()[0]
+    print(f"\n| trained on {steps * 512:,} tokens of | bits per character of {len(texts[:24])} other texts, before | after |\n|---|---|---|")
+    for name, path in (("raw", raw), ("cleaned", work / "cleaned" / "kept.jsonl")):
+        said = run("pretrain_clm.py", "--model_name_or_path", base, "--data_path", path, "--eval_path", held_out, "--train", "lora", "--lora_r", 32, "--lora_alpha", 64,
+                   "--max_length", 512, "--max_steps", steps, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False,
+                   "--eval_on_start", True, "--eval_strategy", "steps", "--eval_steps", steps, "--save_steps", steps, "--output_dir", work / f"trained on {name}")
+        bits = re.findall(r"'eval_bits_per_character': '?([\d.]+)", said)
+        print(f"| {name} text | {bits[0]} | {bits[-1]} |", flush=True)
 
 
 def measure(command: list, log: Path) -> tuple[float, float, int]:
