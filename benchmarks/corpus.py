@@ -308,26 +308,29 @@ def judge_pretraining(files: list[Path], work: Path, steps: int, seed: int) -> N
         return path
 
     def run(*command) -> str:
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
-        if done.returncode:
-            raise BadInput(f"{command[0]} failed:\n{done.stderr[-2000:]}")
-        return done.stdout + done.stderr
+        with open(work / "log", "w+", encoding="utf-8") as log:
+            status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_WAIT_POLICY": "passive"}).returncode
+            log.seek(0)
+            said = log.read()
+        if status:
+            raise BadInput(f"{command[0]} failed:\n{said[-2000:]}")
+        return said
 
     generator = random.Random(seed)
     texts = [text for text in parts_of(files, generator) if len(text) < 1500]
-    held_out, corpus = write("held_out", texts[:24]), write("corpus", texts[24:1024])
+    held_out, corpus = write("held_out", texts[:10]), write("corpus", texts[10:1010])
     run("clean_corpus.py", "--data_path", corpus, "--against", held_out, "--output_dir", work / "unlike", "--steps", "exact,near")
     raw = write("raw", crawl([json.loads(line)["text"] for line in open(work / "unlike" / "kept.jsonl", encoding="utf-8")], generator))
-    report = json.loads(run("clean_corpus.py", "--data_path", raw, "--output_dir", work / "cleaned").splitlines()[0])
+    report = json.loads(run("clean_corpus.py", "--data_path", raw, "--output_dir", work / "cleaned").splitlines()[-1])
     print(f"{report['read']} records, {report['bytes_read'] / 1e6:.2f} MB; cleaned {report['kept']}, {report['bytes_kept'] / 1e6:.2f} MB: {report['reasons']}", flush=True)
-    base = run("scripts/default_model.py").splitlines()[0]
-    print(f"\n| trained on {steps * 512:,} tokens of | bits per character of {len(texts[:24])} other texts, before | after |\n|---|---|---|")
-    for name, path in (("raw", raw), ("cleaned", work / "cleaned" / "kept.jsonl")):
+    base = run("scripts/default_model.py").splitlines()[-1]
+    print(f"\n| trained on {steps * 512:,} tokens of | bits per character of 10 other texts |\n|---|---|")
+    for name, path in (("raw text", raw), ("cleaned text", work / "cleaned" / "kept.jsonl")):
         said = run("pretrain_clm.py", "--model_name_or_path", base, "--data_path", path, "--eval_path", held_out, "--train", "lora", "--lora_r", 32, "--lora_alpha", 64,
                    "--max_length", 512, "--max_steps", steps, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False,
-                   "--eval_on_start", True, "--eval_strategy", "steps", "--eval_steps", steps, "--save_steps", steps, "--output_dir", work / f"trained on {name}")
+                   "--eval_on_start", path == raw, "--eval_strategy", "steps", "--eval_steps", steps, "--save_steps", steps, "--output_dir", work / f"on {name}")
         bits = re.findall(r"'eval_bits_per_character': '?([\d.]+)", said)
-        print(f"| {name} text | {bits[0]} | {bits[-1]} |", flush=True)
+        print((f"| nothing | {bits[0]} |\n" if path == raw else "") + f"| {name} | {bits[-1]} |", flush=True)
 
 
 def measure(command: list, log: Path) -> tuple[float, float, int]:
