@@ -318,13 +318,13 @@ def judge_pretraining(files: list[Path], work: Path, steps: int, seed: int) -> N
 
     generator = random.Random(seed)
     texts = [text for text in parts_of(files, generator) if len(text) < 1500]
-    held_out, corpus = write("held_out", texts[:10]), write("corpus", texts[10:1010])
+    held_out, corpus = write("held_out", texts[:6]), write("corpus", texts[6:1006])
     run("clean_corpus.py", "--data_path", corpus, "--against", held_out, "--output_dir", work / "unlike", "--steps", "exact,near")
     raw = write("raw", crawl([json.loads(line)["text"] for line in open(work / "unlike" / "kept.jsonl", encoding="utf-8")], generator))
     report = json.loads(run("clean_corpus.py", "--data_path", raw, "--output_dir", work / "cleaned").splitlines()[-1])
     print(f"{report['read']} records, {report['bytes_read'] / 1e6:.2f} MB; cleaned {report['kept']}, {report['bytes_kept'] / 1e6:.2f} MB: {report['reasons']}", flush=True)
     base = run("scripts/default_model.py").splitlines()[-1]
-    print(f"\n| trained on {steps * 512:,} tokens of | bits per character of 10 other texts |\n|---|---|")
+    print(f"\n| trained on {steps * 512:,} tokens of | bits per character of 6 other texts |\n|---|---|")
     for name, path in (("raw text", raw), ("cleaned text", work / "cleaned" / "kept.jsonl")):
         said = run("pretrain_clm.py", "--model_name_or_path", base, "--data_path", path, "--eval_path", held_out, "--train", "lora", "--lora_r", 32, "--lora_alpha", 64,
                    "--max_length", 512, "--max_steps", steps, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False,
