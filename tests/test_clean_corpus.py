@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_texts_as_they_were_read_and_as_they_are_kept(cle
     rows = [f"{PROSE}\n赞助播出", f"\ufeff{text_of(1)}\r\n扫码关注公众号", "短\u200b", {"instruction": "问\x00", "output": text_of(2)}, text_of(3)]
     kept, dropped, report = clean(*rows, word_list=word_list(tmp_path, "广告\t赞助\tdrop_line"))
     size = lambda *rows: sum(len("\n".join([row] if isinstance(row, str) else row.values()).encode()) for row in rows)
-    assert len(dropped) == 1 and report["reasons"]["rule:least_characters"]["bytes"] == size(rows[2])
+    assert len(dropped) == 1 and texts(kept[:1]) == [PROSE] and report["reasons"]["rule:least_characters"]["bytes"] == size(rows[2])
     assert report["bytes_read"] == size(*rows) and report["bytes_kept"] == size(*kept)
     assert report["bytes_taken_out"] == size(*rows) - size(rows[2]) - size(*kept) > 0
 
@@ -79,10 +79,11 @@ def test_bytes_are_those_of_the_texts_as_they_were_read_and_as_they_are_kept(cle
 def test_a_record_that_nothing_changes_is_kept_byte_by_byte_and_none_is_taken_for_two(clean, tmp_path):
     same = [f'{{"text":"{text_of(1)}", "n": 1.0e5, "id": 12345678901234567890123 }}', f'{{"id" : "\\/", "text": "{text_of(2)}"}}']
     others = [f'{{"text":\t"{text_of(3)}", "a": "b"}}', f'{{"text": "{text_of(4)}",\r"a": "b"}}', f'{{"\\u0071uality": "mine", "text": "{text_of(5)}"}}']
-    (tmp_path / "source.jsonl").write_text("\n".join(same + others) + "\n", "utf-8")
+    (tmp_path / "source.jsonl").write_text("\n".join([*same, *others, '{"\\u0072eason": "mine", "text": "短"}']) + "\n", "utf-8")
     kept, dropped, _ = clean(data_path=str(tmp_path / "source.jsonl"), output_dir=str(tmp_path / "o"))
     lines = (tmp_path / "o" / "kept.jsonl").read_bytes().decode().split("\n")
-    assert lines[:2] == same and not dropped and kept == [json.loads(line) for line in same + others]
+    assert lines[:2] == same and kept == [json.loads(line) for line in same + others]
+    assert len(dropped) == 1 and "mine" not in (tmp_path / "o" / "dropped.jsonl").read_text("utf-8")  # one column of a name
     kept, _, _ = clean(data_path=str(tmp_path / "source.jsonl"), good_text=str(ROOT / "sample" / "corpus.txt"))
     assert all(isinstance(row["quality"], float) and "bucket" in row for row in kept) and kept[0]["id"] == 12345678901234567890123
 
