@@ -329,7 +329,7 @@ def judge_pretraining(files: list[Path], work: Path, steps: int, seed: int) -> N
     def train(name: str, path: Path) -> list[str]:
         said = run("pretrain_clm.py", "--model_name_or_path", base, "--data_path", path, "--eval_path", held_out, "--train", "lora", "--lora_r", 32, "--lora_alpha", 64,
                    "--max_length", 512, "--max_steps", steps, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", False,
-                   "--eval_on_start", path == raw, "--eval_strategy", "steps", "--eval_steps", steps, "--save_steps", steps, "--output_dir", work / f"on {name}", log=name)
+                   "--eval_on_start", path == raw, "--eval_strategy", "steps", "--eval_steps", steps, "--save_steps", steps, "--output_dir", work / f"on {name}", log=f"{name}.log")
         return re.findall(r"'eval_bits_per_character': '?([\d.]+)", said)
 
     with ThreadPoolExecutor(2) as pool:
