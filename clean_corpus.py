@@ -75,6 +75,7 @@ MEASURES = list(dict.fromkeys(name.partition("_")[2] for name in RULES))
 REASONS = ["", "broken", "words", "contamination", *(f"rule:{name}" for name in RULES), "exact", "near"]
 BANDS, ROWS, SHINGLE, GRAM = 14, 8, 5, 13  # FineWeb's bands; units of a shingle; units of a question that count as found
 BLOCK, SLICE, LONGEST = 2**21, 2**17, 2**24  # bytes of a part; characters judged at a time, in a core's cache; bytes of a line beyond which it is no document
+FEW = 5000  # texts that are compared sooner than processes begin
 TEXTS = ("text", "completion", "content", "context", "instruction", "input", "output", "target", "prompt", "system", "history", "conversations", "messages")
 ADDED = ("quality", "bucket", "flagged")  # columns that kept records get
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff"  # controls, soft hyphen, zero width; not the joiners of emoji and Indic scripts
@@ -1053,7 +1054,7 @@ def near_duplicates(table: dict, members, rank, older, limits: dict, workers: in
         if task:
             yield task
 
-    workers = workers if len(linked) > 5000 else 1  # few are compared sooner than processes begin
+    workers = workers if len(linked) > FEW else 1
     with tqdm(total=len(linked), unit=" texts", desc="comparing") as bar:
         for found in in_processes(functools.partial(compare_clusters, limits=limits), tasks(), workers):
             bar.update(len(found))

@@ -155,6 +155,7 @@ def test_text_is_mended_and_boilerplate_lines_go_but_other_columns_stay(clean):
 # ---- duplicates ----
 def test_one_of_each_cluster_stays_in_any_order_and_with_any_number_of_processes(clean, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK", 3000)  # many parts
+    monkeypatch.setattr(corpus, "FEW", 0)
     rows = [{"text": changed(text_of(i, 300), n, i + n), "id": f"{i}.{n}"} for i in range(12) for n in (0, 1, 2)] + [{"text": text_of(3, 300), "id": "again"}, text_of(4, 300), text_of(4, 300)]
     sets = []
     for seed, workers in ((0, 1), (1, 2), (2, 1)):
