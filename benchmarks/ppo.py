@@ -150,7 +150,7 @@ def plot(task: str, logs: dict[str, Path]) -> None:
     for axes, (label, of) in zip(panels, curves.items()):
         for name, entries in found.items():
             axes.plot([entry["step"] for entry in entries], [of(entry) for entry in entries], marker=".", label=name)
-        axes.set(xlabel="update", ylabel=label)
+        axes.set(xlabel="update", ylabel=label, **{"ylim": (-1, 1)} if label == "explained variance" else {})
         axes.grid(True)
     figure.axes[0].legend()
     figure.savefig(ROOT / "benchmarks" / f"ppo_{task}.png", dpi=110)
