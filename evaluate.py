@@ -317,7 +317,7 @@ def read_arc(task: str, subject: None, file: Path, shots: int):
             listed = isinstance(choices, list)
             texts, labels = ([choice[key] for choice in choices] if listed else choices[key] for key in ("text", "label"))
             question = row["question"]["stem"] if isinstance(row["question"], dict) else row["question"]
-            yield dict(task=task, subject=subject, id=row.get("id", number), head="", question=f"Question: {question}\nAnswer:", choices=list(texts),
+            yield dict(task=task, subject=subject, id=row.get("id", number), head="", question="Question: " + question + "\nAnswer:", choices=list(texts),
                        answer=list(labels).index(row["answerKey"]))
     yield from with_shots(rows, file, file.with_name(file.name.replace("Test", "Dev")), shots)
 
@@ -330,7 +330,7 @@ def read_hellaswag(task: str, subject: None, file: Path, shots: int):
     def rows(file):
         for number, row in json_rows(file, "activity_label", "ctx_a", "ctx_b", "endings", "label"):
             yield dict(task=task, subject=subject, id=row.get("ind", number), head="", choices=[clean(ending) for ending in row["endings"]],
-                       question=clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"), answer=int(row["label"]))
+                       question=clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize()), answer=int(row["label"]))
     yield from with_shots(rows, file, train_file(file), shots)
 
 
@@ -338,7 +338,7 @@ def read_gsm8k(task: str, subject: None, file: Path, shots: int):
     """Yield the problems of GSM8K: an answer is generated, and its last number compared."""
     def rows(file):
         for number, row in json_rows(file, "question", "answer"):
-            yield dict(task=task, subject=subject, id=number, head="", question=f"Question: {row['question']}\nAnswer:", answer=row["answer"])
+            yield dict(task=task, subject=subject, id=number, head="", question="Question: " + row["question"] + "\nAnswer:", answer=row["answer"])
     yield from with_shots(rows, file, train_file(file), shots)
 
 
@@ -353,8 +353,9 @@ def read_truthfulqa(task: str, subject: None, file: Path, shots: int):
         ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."))) + "\n\n"
     split = lambda text: [answer.strip() for answer in text.split(";") if answer.strip()]
     for number, row in enumerate(read_rows(str(file), Counter())):
-        if missing := {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - row.keys():
-            raise BadInput(f"{file} has no column {min(missing)!r} (it has {', '.join(map(str, row))})")
+        there = {name for name, text in row.items() if isinstance(text, str) and text.strip()}  # the cells of a line that is cut off are None
+        if missing := {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - there:
+            raise BadInput(f"{file}, record {number}: nothing in the column {min(missing)!r} (there are {', '.join(map(str, row))})")
         best, right, wrong = row["Best Answer"].strip(), split(row["Correct Answers"]), split(row["Incorrect Answers"])
         choices = list(dict.fromkeys([best, *right, *wrong]))
         yield dict(task=task, subject=subject, id=number, head="", shots=[], question=f"{head}Q: {row['Question']}\nA:", choices=choices, answer=0,
@@ -373,7 +374,13 @@ def with_shots(rows, file: Path, shots_file: Path, shots: int):
     """The questions of a file, each with the first of another file before it; without any where there is none."""
     def whole(file):
         try:
-            yield from rows(file)
+            for row in rows(file):
+                texts = row.get("choices", [row["answer"]])
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError("a choice or an answer is no text")
+                if "choices" in row:
+                    range(len(texts)).index(row["answer"])  # ValueError, where it is none of them
+                yield row
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as problem:
             raise problem if isinstance(problem, BadInput) else BadInput(
                 f"{file}: a record is not as the set is published, with its answer ({type(problem).__name__}: {problem})") from None

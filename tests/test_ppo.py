@@ -308,10 +308,11 @@ def test_the_result_is_an_adapter_that_generate_takes(ppo, folder, tmp_path, cap
 def test_runs_that_make_no_sense_stop_with_a_sentence(ppo):
     with pytest.raises(RunStopped, match="above --max_kl=1e-05"):
         ppo(out="far", max_steps=5, max_kl=1e-5)
-    entry = {"step": 2, "kl": -0.2, "kl_error": 0.01, "finished": 1.0}
+    entry = {"step": 2, "kl": -0.2, "kl_error": 0.01, "finished": 1.0, "answers": 64}
     with pytest.raises(RunStopped, match="below 0 by more than chance"):
         train_ppo.stop_if_lost([entry], 5.0, 9)
     train_ppo.stop_if_lost([entry | {"kl_error": 0.1}], 5.0, 9)
+    train_ppo.stop_if_lost([entry | {"answers": 2}], 5.0, 9)  # two answers that happen to be alike say little of the error
     cut = entry | {"kl": 0.1, "finished": 0.0}
     train_ppo.stop_if_lost([entry, cut, cut], 5.0, 9)
     with pytest.raises(RunStopped, match="every answer of three updates was cut: raise --max_new_tokens=9,"):
