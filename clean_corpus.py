@@ -1123,9 +1123,13 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, device = AutoTokenizer.from_pretrained(model_name_or_path), "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype="auto" if device == "cuda" else torch.float32).to(device).eval()
-    begin = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    tokenizer, device = load(AutoTokenizer, model_name_or_path), "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(AutoModelForCausalLM, model_name_or_path, dtype="auto" if device == "cuda" else torch.float32, output_loading_info=True).to(device).eval()
+    begin, rows = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id], model.get_input_embeddings().weight.shape[0]
+    beyond = {token for token, i in tokenizer.get_vocab().items() if i >= rows} - {*tokenizer.all_special_tokens}
+    if begin == [None] or beyond:
+        raise BadInput(f"--model_name_or_path={model_name_or_path}: its tokenizer has " + (
+            f"{len(tokenizer):,} tokens, its model {rows:,} rows: they do not belong together" if beyond else "neither a bos_token nor an eos_token"))
     scores = np.load(parts / "scores.npy") if (parts / "scores.npy").is_file() else np.full(len(table["reason"]), np.nan, np.float32)
     stay = np.flatnonzero((table["reason"] == 0) & (table["source"] < cleaned))
     for i in tqdm(stay, desc="scoring", unit=" texts"):
@@ -1139,6 +1143,19 @@ def score_by_model(model_name_or_path: str, table: dict, parts: Path, cleaned: i
                 with finished_file(parts / "scores.npy") as file:
                     np.save(file, scores)
     table["quality"] = scores
+
+
+def load(auto_class, name: str, may_lack: tuple = (), **arguments):
+    """auto_class.from_pretrained(name); BadInput where a file is absent or cut off, or a weight is missing: transformers would take random ones."""
+    try:
+        loaded = auto_class.from_pretrained(name, **arguments)
+    except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
+        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from problem
+    if arguments.get("output_loading_info"):
+        loaded, found = loaded
+        if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
+            raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} for one: the files do not belong to its config.json")
+    return loaded
 
 
 def bucket_of(table: dict, limits: dict, cleaned: int) -> np.ndarray:

@@ -122,7 +122,8 @@ def main(
     """
     flags = dict(locals())
     if compare:
-        return compare_runs(compare, output_dir)
+        with as_written(f"--compare={compare}"):
+            return compare_runs(compare, output_dir)
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("num_answers", num_answers, 0), ("max_length", max_length, 8),
                                ("per_device_eval_batch_size", per_device_eval_batch_size, 1), ("max_new_tokens", max_new_tokens, 1)):
         if value is not None and value < least:
@@ -147,10 +148,12 @@ def main(
     facts |= {"base_fingerprint": fingerprint(model_name_or_path), "adapter": file_hash(weights) if lora_path and weights.is_file() else None}
     facts |= {"prompts": {task: prompt_hash(list(those)) for task, those in itertools.groupby(questions, key=lambda question: question["task"])}}
     samples, result, size = Path(output_dir, "samples.jsonl"), Path(output_dir, "results.json"), 4 * per_device_eval_batch_size
-    lines = lines_so_far(output_dir, facts, groups, size)
+    with as_written(output_dir):
+        lines = lines_so_far(output_dir, facts, groups, size)
     if len(lines) == len(questions) and result.is_file():
         print(f"{output_dir} is finished already", file=sys.stderr)
-        return print(result_line(read_json(result), output_dir))
+        with as_written(output_dir):
+            return print(result_line(read_json(result), output_dir))
     show(flags)
     write_facts(output_dir, facts)
 
@@ -428,7 +431,23 @@ def lines_so_far(output_dir: str, facts: dict, groups: list[list], size: int) ->
         for line in samples.read_bytes().split(b"\n")[:-1] if samples.is_file() else []:
             lines.append(json.loads(line))
     ends = itertools.accumulate(len(group[first : first + size]) for group in groups for first in range(0, len(group), size))
-    return lines[: max((end for end in ends if end <= len(lines)), default=0)]
+    lines = lines[: max((end for end in ends if end <= len(lines)), default=0)]
+    for line, question in zip(lines, itertools.chain.from_iterable(groups)):
+        if {name: line[name] for name in heading(question)} != heading(question):
+            raise ValueError(f"a line of another question, {line['id']}")
+        task_result([line | {"dropped": False}]) if line["task"] != "answers" and not line.get("dropped") else cell(line.get("output", ""))
+    return lines
+
+
+@contextlib.contextmanager
+def as_written(what: str):
+    """BadInput where results.json or samples.jsonl is not as this script writes it."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as problem:
+        raise problem if isinstance(problem, BadInput) else BadInput(
+            f"{what}: results.json or samples.jsonl there is damaged, or of another version ({type(problem).__name__}: {problem}): "
+            f"measure again, into a new folder") from None
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:

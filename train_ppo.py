@@ -277,7 +277,7 @@ def main(
         clock.append(time.perf_counter())
 
         # Look
-        log.append({"step": step + 1} | figures(answers, num_generations, sums, args) | {
+        log.append({"step": step + 1, "answers": rollout_batch_size * num_generations} | figures(answers, num_generations, sums, args) | {
             "grad_norm": sums["grad_norm"] / sums["steps"], "seconds": dict(zip(("sample", "score", "learn"), (b - a for a, b in zip(clock, clock[1:]))))})
         seen.update(tokens=sum(lengths), answers=sum(len(answer["ids"]) for answer in answers))
         if args.process_index == 0:
@@ -329,6 +329,12 @@ def check_ppo(flags: dict) -> dict:
         about = read_json(judge / ("adapter_config.json" if (judge / "adapter_config.json").is_file() else "config.json"))
         if not any(str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")) for kind in (about.get("task_type"), *(about.get("architectures") or []))):
             raise BadInput(f"--reward_model={judge} gives no rewards: train one with train_reward.py")
+        if (judge / "adapter_config.json").is_file():
+            import safetensors
+            try:
+                safetensors.safe_open(judge / "adapter_model.safetensors", "np")  # compares its size with what its header says
+            except (OSError, safetensors.SafetensorError) as problem:
+                raise BadInput(f"--reward_model={judge}: adapter_model.safetensors is missing, cut off or damaged, copy it again ({problem})") from None
     elif not flags["rules"]:
         raise BadInput("nothing judges the answers: give --rules, such as sample/rules.py:finished=1,chinese=1, or --reward_model, or both")
     if flags["num_generations"] < 2 and flags["advantage"] != "gae":
@@ -411,7 +417,7 @@ def load_judge(model, reward_model: str, base_fingerprint: str | None, given: di
     folder, base, shared = Path(reward_model), model.get_base_model(), False
     chat = Chat(load(AutoTokenizer, reward_model, trust_remote_code=given["trust_remote_code"]), last_round_only=True)
     if (folder / "adapter_config.json").is_file():
-        config = LoraConfig.from_pretrained(reward_model)
+        config = load(LoraConfig, reward_model)
         made_on = read_json(folder / "yangtuo.json").get("base_fingerprint") if (folder / "yangtuo.json").is_file() else None
         shared = base_fingerprint is not None and made_on == base_fingerprint and not config.trainable_token_indices  # new tokens are rows of its own
     if shared:
@@ -422,8 +428,11 @@ def load_judge(model, reward_model: str, base_fingerprint: str | None, given: di
         if score is None or score.shape != head.weight.shape:
             raise BadInput(f"--reward_model={reward_model} has no head that gives one reward: train one with train_reward.py")
         head.load_state_dict({"weight": score})
-        model.add_adapter("reward", config)
-        set_peft_model_state_dict(model, weights, "reward")
+        try:
+            model.add_adapter("reward", config)
+            set_peft_model_state_dict(model, weights, "reward")
+        except Exception as problem:
+            raise BadInput(f"--reward_model={reward_model} does not fit its base: {str(problem)[:200]}") from None
         if missing := get_peft_model_state_dict(model, adapter_name="reward", save_embedding_layers=False).keys() - weights.keys():
             raise BadInput(f"--reward_model={reward_model} lacks {len(missing)} tensors, {min(missing)} for one")
     elif (folder / "adapter_config.json").is_file():
@@ -606,8 +615,7 @@ def figures(answers: list[dict], num_generations: int, sums: Counter, args) -> d
         totals.update({f"rule {name}": said for name, said in answer["rules"].items()})
     totals = SimpleNamespace(**dict(zip(totals, add_up(args, [*totals.values()]))))
     rules = {name: vars(totals)[f"rule {name}"] / totals.answers for name in answers[0]["rules"]}
-    found = {"answers": int(totals.answers), "reward": totals.reward / totals.answers, "rules": rules, "finished": totals.finished / totals.answers,
-             "length": totals.tokens / totals.answers,
+    found = {"reward": totals.reward / totals.answers, "rules": rules, "finished": totals.finished / totals.answers, "length": totals.tokens / totals.answers,
              "kl": totals.k1 / totals.tokens, "kl_error": math.sqrt(max(0.0, totals.k1_squares - totals.k1**2 / totals.answers)) / totals.tokens,
              "no_variance": totals.no_variance / totals.groups, "clipped": totals.clipped / totals.learned, "loss": totals.loss / totals.learned}
     if "reward_model" in answers[0]:
