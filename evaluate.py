@@ -149,7 +149,7 @@ def main(
     facts |= {"prompts": {task: prompt_hash(list(those)) for task, those in itertools.groupby(questions, key=lambda question: question["task"])}}
     samples, result, size = Path(output_dir, "samples.jsonl"), Path(output_dir, "results.json"), 4 * per_device_eval_batch_size
     with as_written(output_dir):
-        lines = lines_so_far(output_dir, facts, groups, size)
+        check_lines(lines := lines_so_far(output_dir, facts, groups, size), questions)
     if len(lines) == len(questions) and result.is_file():
         print(f"{output_dir} is finished already", file=sys.stderr)
         with as_written(output_dir):
@@ -358,7 +358,7 @@ def read_truthfulqa(task: str, subject: None, file: Path, shots: int):
     for number, row in enumerate(read_rows(str(file), Counter())):
         there = {name for name, text in row.items() if isinstance(text, str) and text.strip()}  # the cells of a line that is cut off are None
         if missing := {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - there:
-            raise BadInput(f"{file}, record {number}: nothing in the column {min(missing)!r} (there are {', '.join(map(str, row))})")
+            raise BadInput(f"{file}, record {number}: no {min(missing)!r} (its columns are {', '.join(map(str, row))})")
         best, right, wrong = row["Best Answer"].strip(), split(row["Correct Answers"]), split(row["Incorrect Answers"])
         choices = list(dict.fromkeys([best, *right, *wrong]))
         yield dict(task=task, subject=subject, id=number, head="", shots=[], question=f"{head}Q: {row['Question']}\nA:", choices=choices, answer=0,
@@ -431,12 +431,18 @@ def lines_so_far(output_dir: str, facts: dict, groups: list[list], size: int) ->
         for line in samples.read_bytes().split(b"\n")[:-1] if samples.is_file() else []:
             lines.append(json.loads(line))
     ends = itertools.accumulate(len(group[first : first + size]) for group in groups for first in range(0, len(group), size))
-    lines = lines[: max((end for end in ends if end <= len(lines)), default=0)]
-    for line, question in zip(lines, itertools.chain.from_iterable(groups)):
+    return lines[: max((end for end in ends if end <= len(lines)), default=0)]
+
+
+def check_lines(lines: list[dict], questions: list[dict]) -> None:
+    """An exception for as_written, where a line is not that of its question or lacks what the report is made of."""
+    for line, question in zip(lines, questions):
         if {name: line[name] for name in heading(question)} != heading(question):
-            raise ValueError(f"a line of another question, {line['id']}")
-        task_result([line | {"dropped": False}]) if line["task"] != "answers" and not line.get("dropped") else cell(line.get("output", ""))
-    return lines
+            raise ValueError(f"a line of another question than {question['id']}")
+        if line["task"] == "answers":
+            list(map(cell, (line["question"], line["answer"], line["output"])))
+        elif not line.get("dropped"):
+            task_result([line])
 
 
 @contextlib.contextmanager

@@ -305,7 +305,7 @@ def test_bad_input_is_refused_in_one_line(sets, model_folder, tmp_path, monkeypa
 @pytest.mark.parametrize("file, text, reason", [
     ("cmmlu/test/agronomy.csv", "frage,A,B,C,D,antwort\nx,1,2,3,4,A\n", "has the columns frage, a, b, c, d, antwort"), ("cmmlu/test/agronomy.csv", "Question,A,B,C,D,Answer\nx,1,2,3,4,E\n", "answer is 'E'"),
     ("cmmlu/dev/agronomy.csv", None, "dev/agronomy.csv is missing"), ("mmlu/test/abstract_algebra_test.csv", '"x,1,2\n', "not whole CSV"),
-    ("hellaswag_val.jsonl", '{"ctx_a": "x"}\n', "no 'activity_label'"), ("hellaswag_val.jsonl", json.dumps(dict(activity_label="", ctx_a="", ctx_b="", endings=[], label="")), "with its answer"), ("TruthfulQA.csv", "Question\nx\n", "no column 'Best Answer'"), ("gsm8k_test.jsonl", '{"question": ', "not whole JSON")])
+    ("hellaswag_val.jsonl", '{"ctx_a": "x"}\n', "no 'activity_label'"), ("hellaswag_val.jsonl", json.dumps(dict(activity_label="", ctx_a="", ctx_b="", endings=[], label="")), "with its answer"), ("TruthfulQA.csv", "Question\nx\n", "no 'Best Answer'"), ("gsm8k_test.jsonl", '{"question": ', "not whole JSON")])
 def test_a_set_that_is_not_as_published_is_named(sets, model_folder, tmp_path, monkeypatch, file, text, reason):
     shutil.copytree(sets, tmp_path / "sets")
     (tmp_path / "sets" / file).unlink()
