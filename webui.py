@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import re
+import resource
 import socket
 import sys
 import threading
@@ -27,6 +28,8 @@ from utils import BadInput, cli, read_records
 BASE = "底座 base"
 SLIDERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
 MAX_WAITING = 16  # questions in the queue, besides the one that is being answered
+LARGEST = 2_000_000  # bytes of a request, which holds the conversation; an upload may have more
+PATIENCE = 30  # seconds for which a connection may say nothing, up to twice
 NOTICE = "⚠️ 提示 Notice"
 FENCED = re.compile(r"^ {0,3}(?:(`{3,}+)(?=[^`\n]*$).*?(?:^ {0,3}\1`*[ \t]*$|\Z)|(~{3,}+).*?(?:^ {0,3}\2~*[ \t]*$|\Z))", re.M | re.S)  # as CommonMark has it
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
@@ -303,19 +306,37 @@ def answer_last(model, chat, adapter: str | None, shown: list[dict], system: str
 
 
 # ---- the page ----
-class OwnServerOnly:
-    """ASGI middleware: whatever a message holds, the page loads from and talks to its own server alone (Content-Security-Policy)."""
+class Guard:
+    """ASGI middleware: no request is larger than LARGEST, and the page loads from and talks to its own server alone, whatever a message holds (POLICY)."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = dict(scope["headers"])  # the server sees to it that a body is as long as they say
+        if not scope["path"].endswith("/upload") and (int(given.get(b"content-length", 0)) > LARGEST or b"transfer-encoding" in given):
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"connection", b"close")]})
+            return await send({"type": "http.response.body", "body": f"the conversation has more than {LARGEST:,} bytes: clear it".encode()})
+
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY)]
             await send(message)
 
-        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+        await self.app(scope, receive, send_with_policy)
+
+
+def drop_silent(server) -> None:
+    """Close, every PATIENCE seconds, connections that were there the last time and have asked nothing: uvicorn would keep them until it has no more files."""
+    before = set()
+    while not server.should_exit:
+        time.sleep(PATIENCE)
+        silent = {each for each in list(server.server_state.connections) if each.scope is None}
+        for connection in silent & before:
+            connection.loop.call_soon_threadsafe(connection.transport.close)
+        before = silent
 
 
 def serve_page(model, choices: dict, settings: dict, system: str | None = None, server_name: str = "127.0.0.1", server_port: int = 7860,
@@ -326,6 +347,8 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
         choices: {name: (Chat, adapter)} of load_choices.
         settings: What the sliders stand at: max_new_tokens, temperature, top_p, top_k, repetition_penalty.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file, each upload two
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
     import gradio as gr
     from starlette.middleware import Middleware
@@ -452,8 +475,9 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
     page.queue(max_size=2 * MAX_WAITING)  # ask() refuses earlier, and in two languages
     page.launch(server_name=server_name, server_port=server_port, auth=tuple(auth.split(":", 1)) if auth else None, share=share,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), head=HEAD, footer_links=[],
-                app_kwargs={"middleware": [Middleware(OwnServerOnly)]}, run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False,
+                app_kwargs={"middleware": [Middleware(Guard)]}, run_history=False, ssr_mode=False, max_file_size="20mb", enable_monitoring=False,
                 quiet=True, prevent_thread_lock=True)
+    threading.Thread(target=drop_silent, args=(page.server,), daemon=True).start()
     print(f"the page is at {page.local_url}" + (f" and {page.share_url}" if page.share_url else ""), file=sys.stderr)
     return page
 

@@ -2,6 +2,7 @@
 import json
 import shutil
 import socket
+import threading
 import time
 
 import pytest
@@ -418,3 +419,23 @@ def test_a_phone_shows_all_of_it(tabs, site):
         for button in tab.page.locator("button:visible").all():
             box = button.bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+# ---- clients that mean harm, or are slow ----
+@pytest.mark.parametrize("path", ["gradio_api/queue/join", "gradio_api/run/answer_one", "login"])
+@pytest.mark.parametrize("header", ["Content-Length: 50000000", "Transfer-Encoding: chunked"])
+def test_a_request_that_is_larger_than_any_conversation_is_refused_unread(site, path, header):
+    with socket.create_connection(("127.0.0.1", site.page.server_port), timeout=5) as client:  # 50 MB took 10 GB, and the page with them
+        client.sendall(f"POST /{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{header}\r\n\r\n".encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_connections_that_ask_nothing_are_closed_and_those_that_do_are_not(site, monkeypatch):
+    monkeypatch.setattr(webui, "PATIENCE", 0.3)
+    silent, slow, asking = (socket.create_connection(("127.0.0.1", site.page.server_port), timeout=5) for _ in range(3))
+    slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-slow: ")
+    asking.sendall(b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n")  # its body comes later
+    threading.Thread(target=webui.drop_silent, args=(site.page.server,), daemon=True).start()
+    assert silent.recv(9) == b"" and slow.recv(9) == b""
+    asking.sendall(b"{\"x\": 12}")
+    assert asking.recv(100).startswith(b"HTTP/1.1 4")  # an answer, if not a kind one
