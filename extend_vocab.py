@@ -48,7 +48,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, check_positive, cli, document_files, read_lines, read_rows, read_text, show
+from utils import BadInput, RunStopped, check_file, check_model, check_output_dir, check_positive, cli, document_files, read_lines, read_rows, show
 
 # Radicals, punctuation, kana, Han characters; compatibility and full-width forms; the rare characters of planes 2 and 3
 CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
@@ -225,7 +225,7 @@ def read_pieces(path: str) -> list[str]:
     """The pieces of a SentencePiece model, or of a text file with one a line, in the order to add them."""
     if path.endswith(".model"):
         return model_pieces(Path(path).read_bytes(), path)
-    lines = [line.split("\t")[0].strip() for line in read_text(path, Counter()).split("\n")]
+    lines = [line.split("\t")[0].strip() for line in read_lines(path, Counter())]
     for number, piece in enumerate(lines, 1):
         if len(piece) > 32:
             raise BadInput(f"{path}, line {number}: too long for a piece ({piece[:20]}...): give one character or word a line")

@@ -24,8 +24,10 @@ import pprint
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 import warnings
@@ -97,6 +99,7 @@ TEMPLATES = {
         answer="' ' ~ message.content ~ ' ' ~ eos_token"),
     "plain": _by_round(head="system or ''", user="message.content", answer="message.content ~ eos_token"),  # the text itself, for a base model
 }
+RENDERING = 20  # seconds of computing for one text: more would be a template without end
 _OPEN, _CLOSE = "\U000f1002", "\U000f1003"  # put around answers, to find them in what a template makes of them
 SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 _ANCHOR = "\U000f1000"  # private use: a control token that no text spells, to tokenize what follows a control token
@@ -199,12 +202,20 @@ class Chat:
         guard = functools.partial(self.control_pattern.sub, lambda match: match[0][0] + _SPLIT + match[0][1:])
         guarded = [{key: text if key == "role" else guard(text) for key, text in message.items()} for message in messages
                    if message["content"] or message["role"] != "system"]
+        def give_up(*_):
+            raise TimeoutError(f"it has no end after {RENDERING} s")
+        if timed := threading.current_thread() is threading.main_thread():  # signals reach no other; those are threads of the page, and a Chat is made before
+            signal.signal(signal.SIGVTALRM, give_up)
+            signal.setitimer(signal.ITIMER_VIRTUAL, RENDERING)
         try:
             texts, spans = render_jinja_template(
                 [guarded], chat_template=self.jinja, return_assistant_tokens_mask=re.search(r"{%-?\s*generation\b", self.jinja) is not None,
                 add_generation_prompt=add_generation_prompt, **self.special_tokens)
-        except Exception as problem:  # a model's own template may do anything: divide by zero, call itself without end
-            raise BadInput(f"template {self.template}: {problem}") from None
+        except Exception as problem:  # a model's own template may do anything: divide by zero, call itself without end, want all memory
+            raise BadInput(f"template {self.template}: {str(problem) or type(problem).__name__}") from None
+        finally:
+            if timed:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         return texts[0], spans[0] if spans else []
 
     def _spans_of_own_template(self, messages, text, marked, answers, add_generation_prompt) -> list[tuple[int, int]]:
@@ -579,11 +590,6 @@ def read_lines(path: str, notes: Counter):
             yield line.removeprefix("\ufeff") if number == 1 else line
 
 
-def read_text(path: str, notes: Counter) -> str:
-    """A whole file, as read_lines reads it."""
-    return "".join(read_lines(path, notes))
-
-
 def document_files(path: str) -> list[str]:
     """The file, or all files of a folder that can hold documents, sorted by name; BadInput where there is none."""
     if not os.path.isdir(path):
@@ -817,9 +823,8 @@ def show(flags: dict) -> None:
         pprint.pprint(flags, stream=sys.stderr)
 
 
-_COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "num_train_epochs", "max_new_tokens",
-           "per_device_eval_batch_size", "ranks", "num_pieces", "repetition_penalty", "logging_steps", "save_steps", "eval_steps", "lora_alpha",
-           "beta")
+_COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "num_train_epochs", "max_new_tokens", "beta",
+           "per_device_eval_batch_size", "ranks", "num_pieces", "repetition_penalty", "logging_steps", "save_steps", "eval_steps", "lora_alpha")
 _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
           "early_stopping_patience", "dataloader_num_workers", "workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")

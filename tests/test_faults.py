@@ -15,6 +15,7 @@ import apply_delta
 import finetune
 import inspect_labels
 import merge_lora
+import utils
 from quantize_gptq import begin_or_go_on
 from utils import TEMPLATES, BadInput, Chat, check_model, check_numbers, convert_flags, fingerprint, make_blocks, pack, read_records, resume_point, tokenize_records, write_facts
 
@@ -248,3 +249,15 @@ def test_a_template_that_fails_is_one_line(tmp_path, bytelevel_folder, template)
     make_model(tmp_path / "base", tokenizer)
     with pytest.raises(BadInput, match="template"):
         inspect_labels.main(model_name_or_path=str(tmp_path / "base"), data_path=DATA)
+
+
+@pytest.mark.parametrize("template, said", [("{% for i in range(10**12) %}{% endfor %}", "Range too big"), ("{{ 'a' * 10**15 }}", "MemoryError"),
+                                            ("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "no end after 1 s")])
+def test_a_template_without_end_is_given_up(bytelevel_folder, monkeypatch, template, said):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(utils, "RENDERING", 1)
+    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
+    tokenizer.chat_template = template
+    with pytest.raises(BadInput, match=f"template auto: .*{said}"):
+        Chat(tokenizer)
