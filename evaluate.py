@@ -88,6 +88,7 @@ def main(
     # how
     template: str = "none",
     max_length: int = 1024,
+    skip_bad_records: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     bits: Literal[16, 8, 4] = 16,
@@ -112,6 +113,7 @@ def main(
         compare: Two output folders, before,after: the report says what changed, and no model is needed.
         template: How the sets are asked: none (their plain prompt), or in a chat: auto (the model's own), alpaca, ...; records are always asked in a chat.
         max_length: Tokens per example; what is longer is cut into windows, a dialogue into whole rounds.
+        skip_bad_records: Drop bad records and say how many and why, instead of stopping.
         trust_remote_code: Run Python code that comes with the model.
         allow_pickle: Load weights that are pickles, which can run code.
         bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
@@ -138,7 +140,7 @@ def main(
         raise BadInput("--load_in_8bit True and --bits 4: give one of them")
     check_file("eval_path", eval_path)
     check_output_dir(output_dir, True, model_name_or_path)
-    questions = read_tasks(chosen_tasks(tasks, data_dir, eval_path), data_dir, subjects, shots, limit, eval_path, num_answers)
+    questions = read_tasks(chosen_tasks(tasks, data_dir, eval_path), data_dir, subjects, shots, limit, eval_path, num_answers, skip_bad_records)
     if not questions:
         raise BadInput("the files hold no question to ask")
     groups = [list(group) for _, group in itertools.groupby(questions, key=lambda question: (question["task"], question["subject"]))]
@@ -242,7 +244,7 @@ def subject_of(file: Path) -> str:
 
 
 def read_tasks(tasks: list[str], data_dir: str | None, subjects: str | None, shots: int, limit: int | None, eval_path: str | None,
-               num_answers: int) -> list[dict]:
+               num_answers: int, skip_bad_records: bool = False) -> list[dict]:
     """All questions in order: {"task", "subject", "id"}, and what they ask."""
     questions, wanted = [], [name.strip() for name in (subjects or "").split(",") if name.strip()]
     have = {subject_of(file): file for task in tasks if task in ("ceval", "cmmlu", "mmlu") for file in files_of(task, data_dir)}
@@ -255,7 +257,7 @@ def read_tasks(tasks: list[str], data_dir: str | None, subjects: str | None, sho
             files = ([("perplexity", eval_path)] if eval_path else []) + [
                 (f"perplexity/{file.stem}", str(file)) for file in (files_of(task, data_dir) if data_dir else [])]
             for name, path in files:
-                texts = list(itertools.islice(read_texts(name, path), limit))
+                texts = list(itertools.islice(read_texts(name, path, skip_bad_records), limit))
                 questions += texts
                 if name == "perplexity" and not texts[0]["document"]:
                     questions += [text | {"task": "answers"} for text in texts[:num_answers]]
@@ -404,12 +406,12 @@ def json_rows(file: Path, *keys: str):
         yield number, row
 
 
-def read_texts(task: str, path: str):
+def read_texts(task: str, path: str, skip_bad_records: bool):
     """Yield the documents or records of a file, to be scored in bits per character: a text behind its context, or answers behind their questions."""
     first = next(iter(read_rows(path, Counter(), "line")), None)
     document = path.endswith(".txt") or isinstance(first, dict) and any(isinstance(first.get(key), str) and not first[key].startswith("<s>")
                                                                        for key in ("text", "completion", "content"))
-    for number, record in numbered_records(path, document_separator="line" if document else None):
+    for number, record in numbered_records(path, skip_bad_records, document_separator="line" if document else None):
         yield dict(task=task, subject=None, id=number, document=document, messages=record["messages"])
 
 

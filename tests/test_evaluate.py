@@ -119,6 +119,14 @@ def test_records_are_scored_on_their_answers_as_training_sees_them(models, tmp_p
     assert [line["question"] for line in answers] == ["你好"] and answers[0]["answer"] == "好！"
 
 
+def test_bad_records_end_the_measurement_or_are_left_out(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": 5}\n{"instruction": "你好", "output": "好！"}\n', "utf-8")
+    with pytest.raises(BadInput, match="record 0: .* drop bad records with --skip_bad_records True"):
+        evaluate.read_tasks(["perplexity"], None, None, 0, None, str(tmp_path / "a.jsonl"), 0)
+    (question,) = evaluate.read_tasks(["perplexity"], None, None, 0, None, str(tmp_path / "a.jsonl"), 0, skip_bad_records=True)
+    assert question["id"] == 1 and "dropped 1 bad records of 2" in capsys.readouterr().err
+
+
 def test_whole_shots_are_dropped_where_the_context_is_too_short_and_the_question_stays(models):
     _, chat = evaluate.load_model(str(models["bos"]))
     question = dict(head="HEAD\n\n", shots=[(f"shot {i}?", "A") for i in range(5)], question="最后的问题？", choices=list("AB"))
