@@ -215,7 +215,7 @@ def learn_pieces(runs: Counter, size: int, model_type: str, character_coverage: 
                 character_coverage=character_coverage, normalization_rule_name="identity", remove_extra_whitespaces=False,
                 add_dummy_prefix=False, shuffle_input_sentence=False, max_sentence_length=2**20, seed_sentencepiece_size=10 * size,
                 num_threads=2, minloglevel=2)  # unigram adds up by thread: with another number it would find other pieces
-        except RuntimeError as problem:
+        except (RuntimeError, ValueError) as problem:  # the latter of a number that is too large for it
             raise BadInput(f"SentencePiece cannot learn {size:,} pieces from this text: {str(problem).strip().splitlines()[-1]}") from None
     found = model_pieces(model.getvalue(), "what SentencePiece learned")
     return [piece for piece in found if len(piece) == 1] + [piece for piece in found if len(piece) > 1]

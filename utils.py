@@ -911,7 +911,8 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
     folder = Path(output_dir)
     try:
         existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    except OSError as problem:  # a name that is too long, a loop of links
+        tempfile.TemporaryFile(dir=existing).close() if existing.is_dir() and os.access(existing, os.W_OK) else None
+    except OSError as problem:  # a name that is too long, a loop of links, a file system that takes no files or is full
         raise BadInput(f"--output_dir={output_dir[:60]}: {problem.strerror}") from None
     if not output_dir or not existing.is_dir() or not os.access(existing, os.W_OK) or (folder.is_symlink() and not folder.exists()):
         raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder that can be written to: give another"))
