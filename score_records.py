@@ -120,9 +120,7 @@ def main(
     rows = in_buckets(items, flags) if buckets else [row for item in items for row in kept_rows(item, keep, min_gap, output_file)]
     if not rows:
         raise BadInput(f"--keep={keep}: of {len(items)} records none has two answers that the model ended, with scores more than {min_gap} apart")
-    for number in range(buckets):
-        write_rows(bucket_file(output_file, number), [row for row in rows if row["bucket"] == number])
-    write_rows(output_file, rows)
+    write_rows({bucket_file(output_file, number): [row for row in rows if row["bucket"] == number] for number in range(buckets)} | {output_file: rows})
     print(json.dumps(summary_of(items, judges) | order | {"written": len(rows), "output_file": output_file}, ensure_ascii=False))
 
 
@@ -392,17 +390,23 @@ def bucket_file(output_file: str, number: int) -> str:
     return str(Path(output_file).with_suffix(f".bucket{number}{Path(output_file).suffix}"))
 
 
-def write_rows(output_file: str, rows: list[dict]) -> None:
-    """A file of rows that is there whole or not at all: Parquet by its name, else an object a line."""
-    unfinished = Path(output_file).with_name(f".{Path(output_file).name}.new")
-    if output_file.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
+def write_rows(files: dict[str, list[dict]]) -> None:
+    """Write {file: rows}, all files whole or none: Parquet by their names, else an object a line."""
+    import pyarrow
+    import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
-    else:
-        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), "utf-8")
-    unfinished.replace(output_file)
+    unfinished = {file: Path(file).with_name(f".{Path(file).name}.new") for file in files}
+    try:
+        for file, rows in files.items():
+            if file.endswith(".parquet"):
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished[file])
+            else:
+                unfinished[file].write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), "utf-8")
+        for file, written in unfinished.items():
+            written.replace(file)
+    finally:
+        for written in unfinished.values():
+            written.unlink(missing_ok=True)
 
 
 def summary_of(items: list[dict], judges: dict) -> dict:

@@ -760,7 +760,7 @@ def cli(main) -> None:
             said = (str(problem) or "MemoryError").splitlines()[0][:150]
             print(f"error: out of memory ({said}): lower {', '.join(lower) or 'what is loaded'}; estimate_memory.py says what a card holds", file=sys.stderr)
             sys.exit(1)
-        if not re.search("No space left|file write failed", str(problem)):
+        if not re.search("No space left|file write failed|unexpected pos", str(problem)):  # the last is what torch.save says
             raise
         print(f"error: the disk is full ({problem.__class__.__name__}); what was whole before is kept: free some space, then --resume True "
               f"or the same command again", file=sys.stderr)
@@ -861,7 +861,7 @@ def read_json(path) -> dict:
     try:
         found = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise BadInput(f"{path} is no whole JSON ({problem.__class__.__name__}): is it cut off, or a pointer of Git LFS?") from None
+        raise BadInput(f"{path} is no whole JSON ({problem}): is it cut off, or a pointer of Git LFS?") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path} holds a {type(found).__name__} where an object {{...}} belongs")
     return found
@@ -1143,6 +1143,8 @@ def check_run(flags: dict) -> dict:
         raise BadInput(f"--{name} is not taken here" + (f": use --{ours[name]}" if ours[name] else ": the loss, the batches and the checkpoints are our own"))
     if flags["eval_path"] and flags["eval_size"]:
         raise BadInput("--eval_path and --eval_size are two ways to say what to evaluate on: give one")
+    if flags.get("use_dora") and flags.get("bits") == 8:
+        raise BadInput("--use_dora with --bits 8: peft and bitsandbytes lose the scales of such weights, and the first step would fail: take --bits 4 or 16")
     for name, value in (("eval_strategy", given.get("eval_strategy", "no")), ("early_stopping_patience", flags["early_stopping_patience"])):
         if value not in ("no", 0) and not evaluates:
             raise BadInput(f"--{name}={value} needs something to evaluate on: add --eval_path or --eval_size")

@@ -368,7 +368,7 @@ def case_kills(rng: random.Random, folder: Path, fixtures: Path) -> None:
         ("extend_vocab.py", ["--model_name_or_path", model, "--corpus_path", sample / "corpus.txt", "--num_pieces", "20"], "model.safetensors", False),
         ("train_dpo.py", ["--data_path", sample / "preference.json", *common[:2], *common[4:], "--max_steps", "9", "--save_steps", "2"], "adapter_model.safetensors", True),
         ("train_reward.py", ["--data_path", sample / "preference.json", *common[:2], *common[4:], "--max_steps", "9", "--save_steps", "2"], "adapter_model.safetensors", True),
-        ("train_ppo.py", [*common[:2], "--data_path", sample / "prompts.jsonl", *(word for name, value in (PPO | {"max_steps": 9, "save_steps": 2}).items() for word in (f"--{name}", value))],
+        ("train_ppo.py", [*common[:2], "--data_path", sample / "prompts.jsonl", *(word for name, value in (PPO | {"rollout_batch_size": 9, "save_steps": 1}).items() for word in (f"--{name}", value))],
          "adapter_model.safetensors", True),
         ("clean_corpus.py", ["--data_path", sample / "web/pages.txt", "--document_separator", "blank_line", "--good_text", sample / "corpus.txt"], "kept.jsonl", True),
         ("evaluate.py", ["--model_name_or_path", model, *(word for name, value in EVALUATION.items() for word in (f"--{name}", value)), "--limit", "9", "--num_answers", "9"], "samples.jsonl", False),
