@@ -76,7 +76,7 @@ def main(
         type: Of the weights: f16, bf16, q8_0, q4_1 or q4_0; see the table above.
     """
     flags, started = dict(locals()), time.perf_counter()
-    file, modelfile = Path(output_file), Path(output_file).with_suffix(".Modelfile")
+    file, modelfile = Path(output_file), Path(output_file).parent / f"{Path(output_file).stem}.Modelfile"
     check_file("eval_path", eval_path)
     check_output_file(file, modelfile)
     check_merged(Path(model_name_or_path))
@@ -102,9 +102,8 @@ def main(
     with whole_file(file, size) as unfinished:
         write_gguf(unfinished, base, config, vocabulary, plan, type)
         if template is not None:  # before the model has its name: what fails here leaves neither
-            (beside := unfinished.with_suffix(".Modelfile")).write_text(
-                f'FROM ./{file.name}\nTEMPLATE """{template}"""\n' + "".join(f"PARAMETER stop {stop}\n" for stop in stops), "utf-8")
-            beside.replace(modelfile)
+            with whole_file(modelfile, 0) as text:
+                text.write_text(f'FROM ./{file.name}\nTEMPLATE """{template}"""\n' + "".join(f"PARAMETER stop {stop}\n" for stop in stops), "utf-8")
 
     # ---- look ----
     equal = compare_ids(file, tokenizer, chat, vocabulary, eval_path)
