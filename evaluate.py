@@ -385,6 +385,7 @@ def with_shots(rows, file: Path, shots_file: Path, shots: int):
                     raise TypeError("a choice or an answer is no text")
                 if "choices" in row:
                     range(len(texts)).index(row["answer"])  # ValueError, where it is none of them
+                json.dumps(row, ensure_ascii=False).encode()  # another, where half a character is left of one
                 yield row
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as problem:
             raise problem if isinstance(problem, BadInput) else BadInput(
