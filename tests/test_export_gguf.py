@@ -246,6 +246,23 @@ def test_a_run_that_ends_early_leaves_nothing_and_the_next_one_is_whole(models, 
     assert export(tmp_path / "model").is_file()
 
 
+def test_a_full_disk_leaves_no_model_without_its_modelfile(models, tmp_path, monkeypatch):
+    shutil.copytree(models["bytelevel"], tmp_path / "model")
+    write_text = Path.write_text
+
+    def full_disk(path, *args):
+        if "Modelfile" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args)
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export(tmp_path / "model")
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert export(tmp_path / "model").with_suffix(".Modelfile").is_file()
+
+
 def test_weights_beyond_f16_are_not_written_as_infinite(models, tmp_path):
     shutil.copytree(models["bytelevel"], tmp_path / "model")
     state = {name: tensor.float() for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}

@@ -216,6 +216,11 @@ def test_the_flags_of_a_notebook_are_checked_as_well(tune):  # noqa: F811
     check_numbers({"learning_rate": 0.0, "seed": 0, "template": "alpaca", "eval_size": 100})
 
 
+def test_what_peft_and_bitsandbytes_cannot_train_is_refused(tune):  # noqa: F811
+    with pytest.raises(BadInput, match="--use_dora with --bits 8"):
+        tune(bits=8, use_dora=True)
+
+
 def test_a_global_batch_without_end_is_refused():
     with pytest.raises(BadInput, match="a global batch of"):
         make_blocks([3, 2], range(2), 8, True, True, 10**13)

@@ -240,6 +240,26 @@ def test_buckets_hold_the_records_from_easy_to_hard(tmp_path):
         assert [json.loads(line) for line in (tmp_path / f"out.bucket{number}.jsonl").read_text().splitlines()] == [row for row in rows if row["bucket"] == number]
 
 
+@pytest.mark.parametrize("full_at", [0, 1, 2])
+def test_a_full_disk_leaves_all_files_or_none(tmp_path, monkeypatch, full_at):
+    write_text, written = Path.write_text, []
+
+    def full_disk(path, *args):
+        written.append(path)
+        write_text(path, "half")
+        if len(written) > full_at:
+            raise OSError(28, "No space left on device")
+
+    files = {str(tmp_path / name): [{"a": 1}] for name in ("out.bucket0.jsonl", "out.bucket1.jsonl", "out.jsonl")}
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        score_records.write_rows(files)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    score_records.write_rows(files)
+    assert {str(path) for path in tmp_path.iterdir()} == {*files}
+
+
 def test_preferences_are_scored_on_both_sides_and_ties_count_half(tmp_path, capsys):
     rows = [{"instruction": "问", "chosen": "好好", "rejected": "a"}, {"question": "问", "response_chosen": "a", "response_rejected": "bc"}, {"instruction": "问", "chosen": "a", "rejected": "b"}]
     found = scored(tmp_path, *rows, by="rules", rules=f"{RULES.split(':')[0]}:chinese=1")

@@ -89,6 +89,21 @@ def test_what_ends_a_run_is_one_line_and_a_status(run, problem, status, said):
     assert got == status and said in error and error.count("\n") <= 1
 
 
+@pytest.mark.parametrize("library", ["torch", "numpy", "Python"])
+def test_what_a_library_says_of_a_full_disk_is_understood(run, library):
+    import numpy
+    import torch
+
+    def write(path):
+        with open(path, "wb") as file:
+            file.write(bytes(10**5))
+
+    with pytest.raises(Exception) as full:  # /dev/full is a disk without room
+        {"torch": lambda path: torch.save(torch.zeros(10**5), path), "numpy": numpy.zeros(10**5).tofile, "Python": write}[library]("/dev/full")
+    status, _, error = run("--prompt", "a", fails=full.value)
+    assert status == 2 and "the disk is full" in error and error.count("\n") == 1
+
+
 def test_a_mistyped_flag_and_help_load_no_torch():
     code = "import sys; sys.argv = ['finetune_lora.py', {!r}]; import finetune_lora, utils\ntry: utils.cli(finetune_lora.main)\nfinally: print('torch' in sys.modules)"
     for flag, status in (("--learning_rat=1", 2), ("--help", 0)):
