@@ -1,4 +1,5 @@
 """Each wrapper starts the script of its name, with flags that the script has, and a wrapper of training says first what the run will take."""
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ def test_a_training_wrapper_counts_gpus_and_reaches_other_machines(calls, wrappe
 
 @pytest.mark.parametrize("wrapper", TRAINING, ids=lambda path: path.name)
 def test_the_estimate_is_asked_for_the_very_run_whatever_stands_in_the_variables(calls, wrapper, tmp_path):
-    names = ("MODEL_PATH", "DATA_PATH", "OUTPUT_PATH", "TOT_CUDA", "BITS", "DS_CONFIG", "MASTER_ADDR", "PORT")
+    names = ("MODEL_PATH", "DATA_PATH", "OUTPUT_PATH", "TOT_CUDA", "BITS", "DS_CONFIG", "MASTER_ADDR", "PORT", "RULES", "REWARD_MODEL")
     given = {name: f"{AWKWARD} {name}" for name in names}
     estimate, run = calls("bash", wrapper, "--report_to", AWKWARD, **given)[-2:]
     assert estimate[:4] == ["python", "estimate_memory.py", "--stage", wrapper.stem] and estimate[4:10] == ["--ranks", "1", "--nnodes", "1", "--verdict", "warn"]
@@ -52,6 +53,14 @@ def test_whatever_stands_in_a_variable_reaches_the_script_as_it_is(calls, wrappe
     names -= {"BY", "REWARD_MODEL"} if wrapper.stem == "score_records" else set()  # by rules, it takes no reward model
     words = calls("bash", wrapper, **{name: f"{AWKWARD} {name}" for name in names})[-1]
     assert {f"{AWKWARD} {name}" for name in names} <= set(words) and not list(tmp_path.rglob("broken"))
+
+
+@pytest.mark.parametrize("wrapper", sorted({*(ROOT / "scripts").glob("*.sh")} - {ROOT / "scripts/test.sh", ROOT / "scripts/install.sh"}), ids=lambda path: path.name)
+def test_nothing_that_stands_in_a_variable_is_run(calls, wrapper, tmp_path):
+    for name in set(re.findall(r"\b([A-Z_]+)=\$\{\1:?-", wrapper.read_text("utf-8"))) - {"OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES"}:
+        with contextlib.suppress(AssertionError):  # some look first whether there is such a folder
+            calls("bash", f"scripts/{wrapper.name}", **{name: AWKWARD})
+    assert not list(tmp_path.rglob("broken"))
 
 
 def start(tmp_path, wrapper, *flags, cards: str = "", **environment) -> tuple[int, list[str], bool]:
