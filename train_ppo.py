@@ -329,12 +329,6 @@ def check_ppo(flags: dict) -> dict:
         about = read_json(judge / ("adapter_config.json" if (judge / "adapter_config.json").is_file() else "config.json"))
         if not any(str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")) for kind in (about.get("task_type"), *(about.get("architectures") or []))):
             raise BadInput(f"--reward_model={judge} gives no rewards: train one with train_reward.py")
-        if (judge / "adapter_config.json").is_file():
-            import safetensors
-            try:
-                safetensors.safe_open(judge / "adapter_model.safetensors", "np")  # compares its size with what its header says
-            except (OSError, safetensors.SafetensorError) as problem:
-                raise BadInput(f"--reward_model={judge}: adapter_model.safetensors is missing, cut off or damaged, copy it again ({problem})") from None
     elif not flags["rules"]:
         raise BadInput("nothing judges the answers: give --rules, such as sample/rules.py:finished=1,chinese=1, or --reward_model, or both")
     if flags["num_generations"] < 2 and flags["advantage"] != "gae":
@@ -422,17 +416,17 @@ def load_judge(model, reward_model: str, base_fingerprint: str | None, given: di
         shared = base_fingerprint is not None and made_on == base_fingerprint and not config.trainable_token_indices  # new tokens are rows of its own
     if shared:
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        weights = load_file(folder / "adapter_model.safetensors")
         head = torch.nn.Linear(base.config.hidden_size, 1, bias=False, device=base.device)
-        score = weights.pop(next((name for name in weights if name.endswith("score.weight")), ""), None)
+        try:
+            weights = load_file(folder / "adapter_model.safetensors")
+            score = weights.pop(next((name for name in weights if name.endswith("score.weight")), ""), None)
+            model.add_adapter("reward", config)
+            set_peft_model_state_dict(model, weights, "reward")
+        except Exception as problem:  # safetensors and peft have their own of each kind
+            raise BadInput(f"--reward_model={reward_model} is cut off or damaged, or does not fit its base: {str(problem)[:200]}") from None
         if score is None or score.shape != head.weight.shape:
             raise BadInput(f"--reward_model={reward_model} has no head that gives one reward: train one with train_reward.py")
         head.load_state_dict({"weight": score})
-        try:
-            model.add_adapter("reward", config)
-            set_peft_model_state_dict(model, weights, "reward")
-        except Exception as problem:
-            raise BadInput(f"--reward_model={reward_model} does not fit its base: {str(problem)[:200]}") from None
         if missing := get_peft_model_state_dict(model, adapter_name="reward", save_embedding_layers=False).keys() - weights.keys():
             raise BadInput(f"--reward_model={reward_model} lacks {len(missing)} tensors, {min(missing)} for one")
     elif (folder / "adapter_config.json").is_file():

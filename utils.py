@@ -1,8 +1,8 @@
 """What must not differ between the scripts: prompt text, label mask, windows and packing; data formats; the command line.
 
-In the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask), windows,
-examples and packing; then records, what a row of a file becomes; then the command line and what is checked before anything
-expensive. Nothing here imports torch, transformers or datasets before the flags are understood: those take seconds.
+In the order in which a reader of a training step asks for it: templates, Chat (messages to token ids and mask), windows, examples and packing;
+then records, what a row of a file becomes; then the command line and what is checked before anything expensive. Nothing here imports torch,
+transformers or datasets before the flags are understood: those take seconds.
 """
 import ast
 import bisect
@@ -204,7 +204,7 @@ class Chat:
                    if message["content"] or message["role"] != "system"]
         def give_up(*_):
             raise TimeoutError(f"it has no end after {RENDERING} s")
-        if timed := threading.current_thread() is threading.main_thread():  # signals reach no other; those are threads of the page, and a Chat is made before
+        if threading.current_thread() is threading.main_thread():  # signals reach no other: those of the page, whose Chats are made before
             signal.signal(signal.SIGVTALRM, give_up)
             signal.setitimer(signal.ITIMER_VIRTUAL, RENDERING)
         try:
@@ -214,8 +214,7 @@ class Chat:
         except Exception as problem:  # a model's own template may do anything: divide by zero, call itself without end, want all memory
             raise BadInput(f"template {self.template}: {str(problem) or type(problem).__name__}") from None
         finally:
-            if timed:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         return texts[0], spans[0] if spans else []
 
     def _spans_of_own_template(self, messages, text, marked, answers, add_generation_prompt) -> list[tuple[int, int]]:
@@ -344,10 +343,9 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
                      document_separator: str | None = None, preference: bool = False):
     """(examples, counts) of a file, in file order; from the cache where data, tokenizer, template, flags and our code are the same.
 
-    `examples` is a datasets.Dataset that stays on the disk, so a corpus may be larger than the memory. Its columns: input_ids
-    and labels (at most max_length; IGNORE_INDEX where nothing is trained), record (its number in the file), length.
-    `counts` is for summarize(). With a document_separator the file holds documents for pretraining, with `preference` pairs, of which
-    each gives two examples in a row; see numbered_records.
+    `examples` is a datasets.Dataset that stays on the disk, so a corpus may be larger than the memory. Its columns: input_ids and labels (at
+    most max_length; IGNORE_INDEX where nothing is trained), record (its number in the file), length. `counts` is for summarize(). With a
+    document_separator the file holds documents for pretraining, with `preference` pairs, each two examples in a row; see numbered_records.
     """
     frame = sum(len(ids) for ids, _ in chat.encode(SHORTEST))
     if frame > max_length:
@@ -505,10 +503,9 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
 
     The schema is told from the keys of each record (sample/README.md shows them all). The user turn of an alpaca record
     with an `input` holds "instruction\\ninput", and the input once more as "input", for templates that set it apart.
-
-    Bad records are dropped, with a word on how many and why, or BadInput names the first. `notes` counts what is odd but can
-    be trained on (joined turns, empty answers, unknown columns, ...). A document_separator, line or blank_line (what parts
-    them in a .txt file), says that these are documents for pretraining; with `preference` they are those of preference_record.
+    Bad records are dropped, with a word on how many and why, or BadInput names the first. `notes` counts what is odd but can be trained on
+    (joined turns, unknown columns, ...). A document_separator says that these are documents for pretraining, parted in a .txt file by line or
+    by blank_line; with `preference` they are those of preference_record.
     """
     notes, bad, number = Counter() if notes is None else notes, [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
