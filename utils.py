@@ -960,7 +960,7 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
     """The last whole checkpoint in output_dir; BadInput if run.json says that the run there was begun with other facts.
 
     A checkpoint is whole if trainer_state.json, which Trainer writes last, can be read, if the states of optimizer and schedule are
-    there, and those of the random numbers of every rank, for which it does not wait.
+    there (DeepSpeed has both in global_step*), and those of the random numbers of every rank, for which it does not wait.
     """
     folders = sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda folder: -int(folder.name.rpartition("-")[2]))
     begun = read_json(Path(output_dir, "run.json")) if folders and Path(output_dir, "run.json").is_file() else {}
@@ -969,12 +969,12 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
             raise BadInput(f"--resume: {output_dir} was begun with {name} = {begun[name]}, now it is {facts[name]}: give the same, or a new --output_dir")
     states = [f"rng_state_{rank}.pth" for rank in range(facts["world_size"])] if facts["world_size"] > 1 else ["rng_state.pth"]
     for folder in folders:
-        deepspeed = any(folder.glob("global_step*"))  # it keeps optimizer and schedule there
-        needed = [folder / name for name in states + ["optimizer.pt", "scheduler.pt"] * (not deepspeed)]
+        needed = [*folder.glob("*.safetensors"), *(folder / name for name in states + ["optimizer.pt", "scheduler.pt"] * (not [*folder.glob("global_step*")]))]
         with contextlib.suppress(BadInput, TypeError):
             state = read_json(folder / "trainer_state.json")
-            importlib.import_module("transformers.trainer_callback").TrainerState(**state)
-            if isinstance(state.get("global_step"), int) and all(file.is_file() and file.stat().st_size for file in (*needed, *folder.glob("*.safetensors"))):
+            known = importlib.import_module("transformers.trainer_callback").TrainerState(**state)
+            numbers = [value for name, value in vars(known).items() if isinstance(getattr(type(known), name, None), int)]  # by their defaults
+            if all(isinstance(n, int | float) for n in numbers) and known.global_step and all(file.is_file() and file.stat().st_size for file in needed):
                 if best := state.get("best_model_checkpoint"):  # the folder may have another name since
                     state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
                     if best != state["best_model_checkpoint"] and os.environ.get("RANK", "0") == "0":

@@ -31,6 +31,14 @@ def test_a_checkpoint_that_lacks_something_is_passed_over_for_the_one_before(tun
     assert resume_point(str(out), facts) == str(out / "checkpoint-2") and "checkpoint-4 is not whole" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("field, value", [("global_step", None), ("global_step", []), ("total_flos", []), ("max_steps", "x"), ("unknown", 1)])
+def test_a_state_that_no_trainer_wrote_is_passed_over(tune, field, value):  # noqa: F811
+    out = Path(tune(max_steps=4, save_steps=2, save_total_limit=9)["output_dir"])
+    file = out / "checkpoint-4" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    assert resume_point(str(out), json.loads((out / "run.json").read_text("utf-8"))) == str(out / "checkpoint-2")
+
+
 def test_the_best_weights_are_found_in_a_folder_that_was_renamed(tune, tmp_path):  # noqa: F811
     flags = dict(eval_path=DATA, eval_steps=1, save_steps=1, max_steps=3, early_stopping_patience=5)
     out = Path(tune(**flags)["output_dir"])
