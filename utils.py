@@ -757,10 +757,10 @@ def cli(main) -> None:
             said = (str(problem) or "MemoryError").splitlines()[0][:150]
             print(f"error: out of memory ({said}): lower {', '.join(lower) or 'what is loaded'}; estimate_memory.py says what a card holds", file=sys.stderr)
             sys.exit(1)
-        if not re.search(r"No space left|file write failed|unexpected pos|requested and \d+ written", str(problem)):  # the last are torch's and numpy's
+        if not re.search(r"No space left|write failed|unexpected pos|requested and \d+ written|name too long", str(problem)):  # of Python, torch and numpy
             raise
-        print(f"error: the disk is full ({problem.__class__.__name__}); what was whole before is kept: free some space, then --resume True "
-              f"or the same command again", file=sys.stderr)
+        print("error: " + (str(problem)[:200] if "name too long" in str(problem) else f"the disk is full ({problem.__class__.__name__}); what was whole "
+              f"before is kept: free some space, then --resume True or the same command again"), file=sys.stderr)
         sys.exit(2)
 
 

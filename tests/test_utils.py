@@ -82,6 +82,7 @@ def test_nothing_runs_before_the_line_is_understood(run):
 @pytest.mark.parametrize("problem, status, said", [
     (BadInput("what, where"), 2, "error: what, where"), (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
     (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 2, "the disk is full"), (KeyboardInterrupt(), 130, ""),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), 2, "error: [Errno 36] File name too long: 'aaa'"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"), 1, "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): lower "),
 ], ids=str)
 def test_what_ends_a_run_is_one_line_and_a_status(run, problem, status, said):
