@@ -119,6 +119,24 @@ def test_records_are_scored_on_their_answers_as_training_sees_them(models, tmp_p
     assert [line["question"] for line in answers] == ["你好"] and answers[0]["answer"] == "好！"
 
 
+@pytest.mark.parametrize("file, text", [("results.json", "{}"), ("results.json", '{"results": 5}'), ("results.json", '{"results": {"arc": 5}}'), ("samples.jsonl", "null\n"),
+                                        ("samples.jsonl", '{"task": "arc"}\n'), ("samples.jsonl", '{"task": "arc", "subject": null, "id": [], "hash": 5}\n')])
+def test_a_damaged_measurement_is_named_and_not_gone_on_from(tmp_path, file, text):
+    question = dict(task="arc", subject=None, id=0, question="x", choices=["a", "b"], answer=0)
+    line, whole = evaluate.choice_line(question, [-1.0, -2.0], 0, False), {"results": {"arc": {"score": 1.0}}, "flags": {}, "warnings": []}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(json.dumps(whole))
+        (tmp_path / folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    evaluate.check_lines([line], [question])
+    (tmp_path / "b" / file).write_text(text)
+    with pytest.raises(BadInput, match="is damaged, or of another version"):
+        evaluate.main(compare=f"{tmp_path / 'a'},{tmp_path / 'b'}", output_dir=str(tmp_path / "out"))
+    if file == "samples.jsonl":
+        with pytest.raises(BadInput, match="measure again, into a new folder"), evaluate.as_written("b"):
+            evaluate.check_lines([json.loads(text)], [question])
+
+
 def test_bad_records_end_the_measurement_or_are_left_out(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": 5}\n{"instruction": "你好", "output": "好！"}\n', "utf-8")
     with pytest.raises(BadInput, match="record 0: .* drop bad records with --skip_bad_records True"):
@@ -312,6 +330,9 @@ def test_bad_input_is_refused_in_one_line(sets, model_folder, tmp_path, monkeypa
 
 @pytest.mark.parametrize("file, text, reason", [
     ("cmmlu/test/agronomy.csv", "frage,A,B,C,D,antwort\nx,1,2,3,4,A\n", "has the columns frage, a, b, c, d, antwort"), ("cmmlu/test/agronomy.csv", "Question,A,B,C,D,Answer\nx,1,2,3,4,E\n", "answer is 'E'"),
+    ("gsm8k_test.jsonl", '{"question": "x", "answer": [1]}\n', "a choice or an answer is no text"), ("gsm8k_test.jsonl", '{"question": [1], "answer": "1"}\n', "with its answer"),
+    ("gsm8k_test.jsonl", '{"question": "x\\ud83d", "answer": "1"}\n', "surrogates"), ("TruthfulQA.csv", "Question,Best Answer,Correct Answers,Incorrect Answers\nx\n", "record 0: no 'Best Answer'"),
+    ("hellaswag_val.jsonl", json.dumps(dict(activity_label="a", ctx_a="b", ctx_b="c", endings=["d", "e"], label=2)), "2 is not in range"),
     ("cmmlu/dev/agronomy.csv", None, "dev/agronomy.csv is missing"), ("mmlu/test/abstract_algebra_test.csv", '"x,1,2\n', "not whole CSV"),
     ("hellaswag_val.jsonl", '{"ctx_a": "x"}\n', "no 'activity_label'"), ("hellaswag_val.jsonl", json.dumps(dict(activity_label="", ctx_a="", ctx_b="", endings=[], label="")), "with its answer"), ("TruthfulQA.csv", "Question\nx\n", "no 'Best Answer'"), ("gsm8k_test.jsonl", '{"question": ', "not whole JSON")])
 def test_a_set_that_is_not_as_published_is_named(sets, model_folder, tmp_path, monkeypatch, file, text, reason):
