@@ -826,7 +826,7 @@ _SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing
 _SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
           "early_stopping_patience", "dataloader_num_workers", "workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")
 _MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256, "workers": 256,  # each is a process
-         "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0)}
+         "neftune_noise_alpha": 1e6, "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0)}
 
 
 def check_positive(**flags: float) -> None:
@@ -1110,7 +1110,7 @@ def draw_curves(history: list[dict], panels: dict[str, list[str]], file: Path) -
 
     by_step, figure = pandas.DataFrame(history).groupby("step").max(), Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
-        if not (curves := by_step.filter(names)).empty:
+        if not (curves := by_step.filter(names).apply(pandas.to_numeric, errors="coerce")).empty:
             curves.interpolate().plot(ax=axes, marker=".", grid=True, ylabel=label)
     figure.savefig(file, dpi=120)
 
