@@ -11,7 +11,7 @@ Writes  output_dir/, the base with the longer vocabulary. Next: pretrain_clm.py,
 Every new piece holds a Chinese character, or begins one, so English and code keep their ids. With --init share the head
 needs no training: a piece has the probability that the base gives its first old token, times the piece's share of what begins
 so in the corpus. The base reads 4,096 tokens for that, layer by layer, and a head that was the embedding becomes a table of its own.
-4,000 pieces then cost SmolLM2 2.5 bits a character of held-out Chinese instead of 3.4 (benchmarks/vocabulary_step.py).
+4,000 pieces then cost SmolLM2 2.5 bits a character of held-out Chinese instead of 3.3 (benchmarks/vocabulary_step.py).
 
 Weights go from file to file, a few tensors at a time. Measured on two CPU cores in November 2026, with 20,000 pieces from 33 MB of text (benchmarks/vocab.py):
 
