@@ -962,7 +962,7 @@ def judge_files(job: SimpleNamespace, files: list[str], document_separator: str,
                 if not (part := job.parts / f"{number:06}.npy").is_file():
                     yield number, source, path, first, block
                 else:
-                    bar.update(int(np.load(part, mmap_mode="r")["bytes"].sum()))
+                    bar.update(int(np.load(part, mmap_mode="r")["read"].sum()))
                 number += 1
 
     tables()  # before the processes begin, which then have them
@@ -1150,7 +1150,7 @@ def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from problem
+        raise problem if "out of memory" in str(problem) else BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from None
     if arguments.get("output_loading_info"):
         loaded, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):
@@ -1324,7 +1324,7 @@ def draw_histograms(path: Path, histograms: dict, limits: dict) -> None:
 def across(values, edges, width: int):
     """Where values stand on an axis of this width from the first edge to the last, by their logarithms where it reaches to a million."""
     scale = np.log10 if edges[-1] == 1e6 else np.asarray
-    return np.round(width * (scale(values) - scale(edges[0])) / (scale(edges[-1]) - scale(edges[0])), 1).tolist()
+    return np.round(width * (scale(values) - scale(edges[0])) / (scale(edges[-1]) - scale(edges[0]) or 1), 1).tolist()
 
 
 if __name__ == "__main__":

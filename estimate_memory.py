@@ -13,6 +13,7 @@ of the training scripts allocate: documents packed without a mask, a head in chu
 benchmarks/memory.py holds it against measured peaks: within 10 % on each row.
 """
 import ast
+import contextlib
 import difflib
 import inspect
 import itertools
@@ -375,10 +376,17 @@ def shapes_of(config: dict, where: str) -> Shapes:
     return Shapes(kind, vocabulary, width, inner, layers, heads, linears, norms, width, bool(config.get("tie_word_embeddings")), assumed)
 
 
+def has_bf16() -> bool:
+    """Whether this CPU computes in bf16, which auto then takes: torch would say it, after seconds."""
+    with contextlib.suppress(OSError):
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text("utf-8") and os.environ.get("ATEN_CPU_CAPABILITY", "avx512") == "avx512"
+    return False
+
+
 def as_run(flags: dict) -> Run:
     """The run of these flags with every block full."""
     train = flags.get("train") or ("lora" if "lora_r" in flags else "full")
-    precision = flags["precision"] if flags["precision"] != "auto" else "bf16" if flags["gpu"] else "fp32"
+    precision = flags["precision"] if flags["precision"] != "auto" else "bf16" if flags["gpu"] or has_bf16() and flags["stage"] != "train_ppo" else "fp32"
     answers = 2 if flags["stage"] in ("train_reward", "train_dpo") else 1  # of up to max_length tokens each, in one block, without dropout
     return Run(**{"lora_dropout": 0.0} | {name: flags[name] for name in Run._fields if name in flags} | dict(
         train=train, tables=flags["stage"] == "pretrain_clm" and train == "lora", precision=precision, zero=read_zero(flags["deepspeed"]),

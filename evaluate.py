@@ -118,7 +118,7 @@ def main(
         allow_pickle: Load weights that are pickles, which can run code.
         bits: Of the base model's weights: 16 as they are, 8 (int8) or 4 (NF4).
         load_in_8bit: Another name for --bits 8.
-        precision: Arithmetic: auto (bf16 where the GPU or CPU computes in it, else fp16 on a GPU and fp32 on a CPU), bf16, fp16 or fp32.
+        precision: Arithmetic: auto (bf16 where the GPU has it, else fp16; fp32 on a CPU), bf16, fp16 or fp32.
         per_device_eval_batch_size: Prompts that go through the model together.
         max_new_tokens: Longest answer, in tokens.
     """
@@ -160,6 +160,7 @@ def main(
     write_facts(output_dir, facts)
 
     # ---- load ----
+    import torch
     from tqdm import tqdm
     from transformers import AutoConfig
 
@@ -171,6 +172,8 @@ def main(
     if max_new_tokens >= context and any(group[0]["task"] in ("gsm8k", "answers") for group in groups):
         raise BadInput(f"--max_new_tokens={max_new_tokens} leaves no room for a question in the model's context of {context} tokens")
     how = dict(plain=template == "none", context=context, max_length=min(max_length, context), max_new_tokens=max_new_tokens, batch_size=size // 4)
+    if precision == "auto" and not torch.cuda.is_available():  # also on a CPU with bf16: measurements are compared
+        precision = "fp32"
     model, _ = load_model(model_name_or_path, lora_path, template, 8 if load_in_8bit else bits, precision, trust_remote_code, allow_pickle, chat)
 
     # ---- measure ----
@@ -190,6 +193,7 @@ def main(
     # ---- save ----
     about = {"flags": {name: flags[name] for name in (
         "model_name_or_path", "lora_path", "template", "max_length", "max_new_tokens", "shots", "limit", "bits")}, "warnings": warnings}
+    about["flags"]["precision"] = str(model.dtype).removeprefix("torch.")
     about |= {"prompt_hash": prompt_hash(questions), "prompts": facts["prompts"],
               "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
     by_task = itertools.groupby(lines, key=lambda line: line["task"])
@@ -407,11 +411,13 @@ def json_rows(file: Path, *keys: str):
         yield number, row
 
 
+KNOWN = {"text", "completion", "content", "messages", "conversations", "instruction", "input", "prompt"}  # columns that tell what a record is
+
+
 def read_texts(task: str, path: str, skip_bad_records: bool):
     """Yield the documents or records of a file, to be scored in bits per character: a text behind its context, or answers behind their questions."""
-    first = next(iter(read_rows(path, Counter(), "line")), None)
-    document = path.endswith(".txt") or isinstance(first, dict) and any(isinstance(first.get(key), str) and not first[key].startswith("<s>")
-                                                                       for key in ("text", "completion", "content"))
+    first = next((row for row in itertools.islice(read_rows(path, Counter(), "line"), 100) if isinstance(row, dict) and not KNOWN.isdisjoint(row)), {})
+    document = path.endswith(".txt") or any(isinstance(first.get(key), str) and not first[key].startswith("<s>") for key in ("text", "completion", "content"))
     for number, record in numbered_records(path, skip_bad_records, document_separator="line" if document else None):
         yield dict(task=task, subject=None, id=number, document=document, messages=record["messages"])
 
@@ -926,7 +932,7 @@ def comparison_text(runs: list[tuple], names: list[str], changes: dict) -> str:
     for verdict, title in (("better", "Better"), ("worse", "Worse"), ("open", "No difference can be told")):
         if those := [task for task, change in changes.items() if change["verdict"] == verdict]:
             about += [f"**{title}**", "", *(f"- {change_text(task, changes[task])}" for task in those), ""]
-    if other := [f"--{name}" for name in ("template", "max_length", "max_new_tokens") if before["flags"].get(name) != after["flags"].get(name)]:
+    if other := [f"--{name}" for name in ("template", "max_length", "max_new_tokens", "precision") if before["flags"].get(name) != after["flags"].get(name)]:
         about += [f"**Warning:** measured with another {', '.join(other)}: the difference is not the model's alone.", ""]
     if unlike := [task for task in changes if before["prompts"].get(task) != after["prompts"].get(task)]:
         about += [f"Not asked alike: {', '.join(unlike)}; only questions that both have are compared, whatever their shots.", ""]
@@ -1081,7 +1087,7 @@ def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from problem
+        raise problem if "out of memory" in str(problem) else BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from None
     if arguments.get("output_loading_info"):
         loaded, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):

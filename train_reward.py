@@ -268,20 +268,20 @@ def log_sums(trainer) -> None:
 
 # ==== fast lora ====
 def speed_up_lora(model) -> None:
-    """Let plain LoRA layers add their update in place: peft makes the update, its multiple and the sum, each as large as the layer's output."""
+    """Let plain LoRA layers add their update in place (peft makes update, multiple and sum, each as large as the output), and drop inputs at less cost."""
     import torch
     from peft.tuners.lora import Linear
 
     def keep(x, p: float):  # 1, or with probability p 0: torch draws 64 bits a number on a CPU, a sixth of a step in bf16; 16 will do
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
-        return (bits.view(x.shape) >= round(p * 2**16) - 2**15).to(x.dtype)
+        return (bits.view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.dtype)
 
     def forward(self, x, *_, **__):
         result = self.base_layer(x)
         for name in [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]:
-            p = getattr(self.lora_dropout[name], "p", 0) * (self.training and x.device.type == "cpu") % 1  # where all is dropped torch does it
-            low = self.lora_A[name](x * keep(x, p) if p else self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
-            result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name] / (1 - p))
+            p = getattr(self.lora_dropout[name], "p", 0) if self.training and x.device.type == "cpu" else 0
+            low = self.lora_A[name](x * keep(x, p) if 0 < p < 1 else self.lora_dropout[name](x)).flatten(0, -2)  # (N, r)
+            result.view(-1, result.shape[-1]).addmm_(low, self.lora_B[name].weight.T.to(low.dtype), alpha=self.scaling[name] / (1 - p or 1))
         return result
 
     for module in model.modules():  # DoRA, quantized and ZeRO-3's sharded layers keep peft's own
@@ -295,7 +295,7 @@ def load(auto_class, name: str, may_lack: tuple = (), **arguments):
     try:
         loaded = auto_class.from_pretrained(name, **arguments)
     except Exception as problem:  # a cut-off file raises SafetensorError, RuntimeError or OSError, by where it was cut
-        raise BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from problem
+        raise problem if "out of memory" in str(problem) else BadInput(f"{name} could not be loaded ({auto_class.__name__}): {str(problem)[:300]}") from None
     if arguments.get("output_loading_info"):
         loaded, found = loaded
         if missing := sorted({*found["missing_keys"]} - {*may_lack}) + sorted(str(key) for key in found["mismatched_keys"]):

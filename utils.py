@@ -99,7 +99,7 @@ TEMPLATES = {
         answer="' ' ~ message.content ~ ' ' ~ eos_token"),
     "plain": _by_round(head="system or ''", user="message.content", answer="message.content ~ eos_token"),  # the text itself, for a base model
 }
-RENDERING = 20  # seconds of computing for one text: more would be a template without end
+RENDERING = 20  # seconds of computing, of all threads together, for one text: more would be a template without end
 _OPEN, _CLOSE = "\U000f1002", "\U000f1003"  # put around answers, to find them in what a template makes of them
 SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 _ANCHOR = "\U000f1000"  # private use: a control token that no text spells, to tokenize what follows a control token
@@ -204,17 +204,21 @@ class Chat:
                    if message["content"] or message["role"] != "system"]
         def give_up(*_):
             raise TimeoutError(f"it has no end after {RENDERING} s")
-        if threading.current_thread() is threading.main_thread():  # signals reach no other: those of the page, whose Chats are made before
-            signal.signal(signal.SIGVTALRM, give_up)
+
+        if limited := threading.current_thread() is threading.main_thread():  # signals reach no other: those of the page, whose Chats are made before
+            before = signal.signal(signal.SIGVTALRM, give_up)
             signal.setitimer(signal.ITIMER_VIRTUAL, RENDERING)
         try:
             texts, spans = render_jinja_template(
                 [guarded], chat_template=self.jinja, return_assistant_tokens_mask=re.search(r"{%-?\s*generation\b", self.jinja) is not None,
                 add_generation_prompt=add_generation_prompt, **self.special_tokens)
         except Exception as problem:  # a model's own template may do anything: divide by zero, call itself without end, want all memory
-            raise BadInput(f"template {self.template}: {str(problem) or type(problem).__name__}") from None
+            fault = f"template {self.template}: {str(problem) or type(problem).__name__}"  # without end it is no record that could be dropped
+            raise RunStopped(fault, status=2) if isinstance(problem, (TimeoutError, MemoryError)) else BadInput(fault) from None
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            if limited:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.signal(signal.SIGVTALRM, before)
         return texts[0], spans[0] if spans else []
 
     def _spans_of_own_template(self, messages, text, marked, answers, add_generation_prompt) -> list[tuple[int, int]]:
@@ -752,7 +756,7 @@ def cli(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as problem:  # torch raises RuntimeError, safetensors its own error, Python OSError
-        if re.search("out of memory|can't allocate memory", str(problem)) or isinstance(problem, MemoryError):
+        if re.search("out of memory|[Cc]an(not|'t) allocate memory", str(problem)) or isinstance(problem, MemoryError):
             lower = [f"--{name}" for name in inspect.signature(main).parameters if re.fullmatch("max_length|max_new_tokens|bits|.*batch_size", name)]
             said = (str(problem) or "MemoryError").splitlines()[0][:150]
             print(f"error: out of memory ({said}): lower {', '.join(lower) or 'what is loaded'}; estimate_memory.py says what a card holds", file=sys.stderr)

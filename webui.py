@@ -316,8 +316,9 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = dict(scope["headers"])  # the server sees to it that a body is as long as they say
-        if not scope["path"].endswith("/upload") and (int(given.get(b"content-length", 0)) > LARGEST or b"transfer-encoding" in given):
-            await send({"type": "http.response.start", "status": 413, "headers": [(b"connection", b"close")]})
+        upload = scope["path"].removeprefix(scope.get("root_path", "")) == "/gradio_api/upload"  # which goes to the disk, up to what gradio allows
+        if not upload and (int(given.get(b"content-length", 0)) > LARGEST or b"transfer-encoding" in given):
+            await send({"type": "http.response.start", "status": 411 if b"transfer-encoding" in given else 413, "headers": [(b"connection", b"close")]})
             return await send({"type": "http.response.body", "body": f"the conversation has more than {LARGEST:,} bytes: clear it".encode()})
 
         async def send_with_policy(message):
@@ -333,7 +334,7 @@ def drop_silent(server) -> None:
     before = set()
     while not server.should_exit:
         time.sleep(PATIENCE)
-        silent = {each for each in list(server.server_state.connections) if each.scope is None}
+        silent = {each for each in list(server.server_state.connections) if getattr(each, "scope", True) is None}
         for connection in silent & before:
             connection.loop.call_soon_threadsafe(connection.transport.close)
         before = silent
@@ -347,8 +348,9 @@ def serve_page(model, choices: dict, settings: dict, system: str | None = None, 
         choices: {name: (Chat, adapter)} of load_choices.
         settings: What the sliders stand at: max_new_tokens, temperature, top_p, top_k, repetition_penalty.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file, each upload two
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= now < 65536 and not 0 <= most <= now:  # each connection is an open file, each upload two
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if most < 0 else min(most, 65536), most))
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
     import gradio as gr
     from starlette.middleware import Middleware

@@ -143,6 +143,9 @@ def test_bad_records_end_the_measurement_or_are_left_out(tmp_path, capsys):
         evaluate.read_tasks(["perplexity"], None, None, 0, None, str(tmp_path / "a.jsonl"), 0)
     (question,) = evaluate.read_tasks(["perplexity"], None, None, 0, None, str(tmp_path / "a.jsonl"), 0, skip_bad_records=True)
     assert question["id"] == 1 and "dropped 1 bad records of 2" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").write_text('{"foo": 1}\n{"text": "一段文字。"}\n', "utf-8")  # what the file holds is told from the first record that says it
+    (question,) = evaluate.read_tasks(["perplexity"], None, None, 0, None, str(tmp_path / "b.jsonl"), 0, skip_bad_records=True)
+    assert question["document"] and question["id"] == 1
 
 
 def test_whole_shots_are_dropped_where_the_context_is_too_short_and_the_question_stays(models):

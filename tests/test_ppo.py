@@ -312,7 +312,9 @@ def test_runs_that_make_no_sense_stop_with_a_sentence(ppo):
     with pytest.raises(RunStopped, match="below 0 by more than chance"):
         train_ppo.stop_if_lost([entry], 5.0, 9)
     train_ppo.stop_if_lost([entry | {"kl_error": 0.1}], 5.0, 9)
-    train_ppo.stop_if_lost([entry | {"answers": 2}], 5.0, 9)  # two answers that happen to be alike say little of the error
+    train_ppo.stop_if_lost([entry | {"answers": 2}] * 7, 5.0, 9)  # two answers that happen to be alike say little of the error
+    with pytest.raises(RunStopped, match="below 0 by more than chance"):
+        train_ppo.stop_if_lost([entry | {"answers": 2}] * 8, 5.0, 9)
     cut = entry | {"kl": 0.1, "finished": 0.0}
     train_ppo.stop_if_lost([entry, cut, cut], 5.0, 9)
     with pytest.raises(RunStopped, match="every answer of three updates was cut: raise --max_new_tokens=9,"):
