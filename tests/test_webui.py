@@ -302,7 +302,7 @@ def test_two_tabs_at_once_keep_apart_and_wait_for_each_other(tabs, site):
 
 def test_a_reload_or_a_closed_tab_stops_its_own_answer_alone(tabs, site):
     staying, leaving, closing = tabs(), tabs(), tabs()
-    site.pause = 0.05
+    site.pause = 0.1
     closing.choose("模型 Model", "yayi")
     closing.ask("关")
     closing.page.locator(".message.bot:visible").wait_for()
