@@ -910,6 +910,8 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
 def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_path: str = "") -> None:
     """BadInput if output_dir holds something and this run is not to go on with it; None: it is of a script that cannot."""
     folder = Path(output_dir)
+    if resume is None and os.path.ismount(folder):
+        raise BadInput(f"--output_dir={output_dir} is a mount point, onto which no result can be renamed: give a folder inside it")
     try:
         existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
         tempfile.TemporaryFile(dir=existing).close() if existing.is_dir() and os.access(existing, os.W_OK) else None
@@ -919,8 +921,6 @@ def check_output_dir(output_dir: str, resume: bool | None = None, model_name_or_
         raise BadInput(f"--output_dir={output_dir}: {existing} is " + ("not a folder that can be written to: give another"))
     if model_name_or_path and Path(model_name_or_path).is_dir() and folder.is_dir() and folder.samefile(model_name_or_path):
         raise BadInput(f"--output_dir={output_dir} is the base model's own folder, which would be overwritten: give a new folder")
-    if resume is None and os.path.ismount(folder):
-        raise BadInput(f"--output_dir={output_dir} is a mount point, onto which no result can be renamed: give a folder inside it")
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     begun = {"run.json", "run.lock", ".saving", "runs"} if resume is not None else set()  # of a run that never came to its first checkpoint
     if resume and names - begun and "run.json" not in names:
