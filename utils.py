@@ -1153,6 +1153,9 @@ def check_run(flags: dict) -> dict:
     for tracker in set(trackers) - {"none", "all"}:
         if not tracker.isidentifier() or importlib.util.find_spec(tracker) is None:
             raise BadInput(f"--report_to={tracker} needs a package that is missing: pip install {tracker}")
+    for name in ("deepspeed", "fsdp"):
+        if given.get(name) and "LOCAL_RANK" not in os.environ:
+            raise BadInput(f"--{name} needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
     if "deepspeed" in given:
         check_deepspeed(given["deepspeed"])
     show(flags)
@@ -1172,8 +1175,6 @@ def check_run(flags: dict) -> dict:
 def check_deepspeed(path: str) -> None:
     """BadInput if a DeepSpeed file would overrule the flags in silence, or cannot be read."""
     check_file("deepspeed", path)
-    if "LOCAL_RANK" not in os.environ:
-        raise BadInput("--deepspeed needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
     for section in {"optimizer", "scheduler"} & read_json(path).keys():
         raise BadInput(f"--deepspeed={path} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, --lr_scheduler_type, "
                        f"--warmup_steps): remove it, the flags say it all")

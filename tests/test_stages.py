@@ -282,7 +282,7 @@ def test_an_adapter_that_changes_nothing_is_an_error_not_a_file(tune, tmp_path):
     ({"template": "alpacca"}, "did you mean alpaca"), ({"max_length": 8}, "below the"), ({"precision": "fp16"}, "needs a GPU"),
     ({"report_to": "swanlabb"}, "pip install swanlabb"), ({"bf16": True}, "use --precision"), ({"eval_size": 10}, "leaves nothing to train on"), ({"eval_size": 0.01}, "holds out no record"),
     ({"eval_size": 2, "eval_path": DATA}, "give one"), ({"eval_strategy": "steps"}, "needs something to evaluate on"), ({"lora_r": 0}, "--lora_r=0 must be above zero"),
-    ({"gradient_accumulation_steps": 0}, "must be above zero"), ({"deepspeed": "ds_configs/zero2.json"}, "needs torchrun"),
+    ({"gradient_accumulation_steps": 0}, "must be above zero"), ({"deepspeed": "ds_configs/zero2.json"}, "needs torchrun"), ({"fsdp": "full_shard"}, "--fsdp needs torchrun"),
     ({"auto_find_batch_size": True}, "is not taken here"),
     ({"data_path": "nowhere.json"}, "--data_path=nowhere.json does not exist"), ({"data_path": str(ROOT)}, "is a folder"), ({"eval_path": "nowhere.json"}, "--eval_path"),
     ({"model_name_or_path": "nowhere"}, "nowhere does not exist"), ({"model_name_or_path": str(ROOT)}, "has no config.json"),
