@@ -425,8 +425,7 @@ def load_judge(model, reward_model: str, base_fingerprint: str | None, given: di
             model.add_adapter("reward", config)
             set_peft_model_state_dict(model, weights, "reward")
         except Exception as problem:  # safetensors and peft have their own of each kind
-            damaged = BadInput(f"--reward_model={reward_model} is cut off or damaged, or does not fit its base: {str(problem)[:200]}")
-            raise problem if "out of memory" in str(problem) else damaged from None
+            raise problem if "out of memory" in str(problem) else BadInput(f"--reward_model={reward_model} is damaged: {str(problem)[:200]}") from None
         if score is None or score.shape != head.weight.shape:
             raise BadInput(f"--reward_model={reward_model} has no head that gives one reward: train one with train_reward.py")
         head.load_state_dict({"weight": score})
@@ -440,6 +439,7 @@ def load_judge(model, reward_model: str, base_fingerprint: str | None, given: di
         base = load(AutoModelForSequenceClassification, reward_model, output_loading_info=True, **given).eval()
     if not shared and (base.config.num_labels != 1 or not hasattr(base, "score")):
         raise BadInput(f"--reward_model={reward_model} gives {base.config.num_labels} labels, one reward is wanted: train one with train_reward.py")
+    check_tokenizer(chat, base.config)
     head = head if shared else base.score.float()  # in 16 bit two good answers would often get one reward
     score = torch.autocast(base.device.type, enabled=False)(head.forward)
     return SimpleNamespace(chat=chat, shared=shared, head=head, base_model=base.base_model, score=score)

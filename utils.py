@@ -144,7 +144,10 @@ class Chat:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         anchor = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) | {"id": len(tokenizer) + 1, "content": _ANCHOR, "special": True}
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]] + [anchor]
-        self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+        try:
+            self.text_tokenizer = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+        except Exception as problem:  # tokenizers raises no class of its own: merges of tokens that are not in the vocabulary, say
+            raise BadInput(f"the tokenizer.json in {tokenizer.name_or_path} is damaged ({problem}): copy it again") from None
         self.anchor_ids = self._text_ids(_ANCHOR)
         self.crossed = 0
         pieces = self.encode(SHORTEST)

@@ -277,3 +277,20 @@ def test_a_template_without_end_is_given_up(bytelevel_folder, monkeypatch, templ
     with pytest.raises(BadInput if "Range" in said else RunStopped, match=f"template auto: .*{said}") as stopped:
         Chat(tokenizer)
     assert getattr(stopped.value, "status", 2) == 2 and signal.getsignal(signal.SIGVTALRM) == handler and not signal.getitimer(signal.ITIMER_VIRTUAL)[0]
+
+
+def test_a_damaged_tokenizer_is_named(bytelevel_folder, monkeypatch):
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    def to_str(core):
+        state = json.loads(whole(core))
+        state["model"]["vocab"].pop("".join(state["model"]["merges"][0]))  # as a flipped byte in its name does
+        return json.dumps(state)
+
+    whole = Tokenizer.to_str
+    tokenizer = AutoTokenizer.from_pretrained(bytelevel_folder)
+    core = type("Core", (), {"to_str": lambda self, found=tokenizer.backend_tokenizer: to_str(found)})()
+    monkeypatch.setattr(type(tokenizer), "backend_tokenizer", property(lambda self: core))
+    with pytest.raises(BadInput, match="tokenizer.json in .* is damaged"):
+        Chat(tokenizer, "alpaca")
