@@ -25,7 +25,7 @@ from types import MethodType
 from typing import Literal
 
 from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe, draw_curves,
-                   explain, make_blocks, read_examples, replace_json, resume_point, run_facts, summarize, write_facts)
+                   explain, make_blocks, read_examples, replace_json, resume_point, run_facts, write_facts)
 
 
 def main(
@@ -135,13 +135,12 @@ def main(
 
     # ---- prepare ----
     facts = run_facts(flags, template=chat.template, precision=precision, world_size=args.world_size)
-    check_ranks(args, facts)
+    check_ranks(facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
     examples, counts, train_on, evaluate_on = read_examples(flags, chat)
     blocks = make_blocks(examples["length"], train_on, max_length, packing, shuffle, args.world_size * args.train_batch_size * gradient_accumulation_steps)
     eval_blocks = make_blocks(examples["length"], evaluate_on, max_length, packing, shuffle, args.world_size * args.per_device_eval_batch_size)
-    if args.process_index == 0:
-        print(summarize(counts), describe(blocks, examples["length"], args), sep="\n", file=sys.stderr)
+    describe(counts, blocks, examples["length"], args)
 
     # ---- train ----
     set_seed(seed)
@@ -336,7 +335,7 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
     """A Trainer that counts, stops at a NaN, evaluates (`characters`: of the evaluation text), and saves what a model needs to be talked to."""
     import torch
     from tqdm import tqdm
-    from transformers import EarlyStoppingCallback, GenerationConfig, Trainer
+    from transformers import EarlyStoppingCallback, Trainer
 
     class SupervisedTrainer(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -381,13 +380,7 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
             super()._save(output_dir, state_dict)
             if args.should_save:
                 Path(output_dir, "training_args.bin").unlink()  # a pickle
-                chat.tokenizer.save_pretrained(output_dir)
-                if old := getattr(self.model, "generation_config", None):  # a reward model has none
-                    # Older chat models give a temperature without do_sample, which transformers refuses to save
-                    old = old.to_dict()
-                    old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
-                    old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
-                    GenerationConfig.from_dict(old).save_pretrained(output_dir)
+                chat.save(output_dir, getattr(self.model, "generation_config", None))
                 replace_json(Path(output_dir, "yangtuo.json"), {name: facts.get(name) for name in ("base", "base_fingerprint", "template")})
 
     an_epoch = len(blocks) // (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (BadInput, Chat, cache_folder, can_pack, check_adapter, check_file, check_model, check_positive, check_tokenizer, clean_messages,
-                   clean_text, cli, file_hash, fingerprint, preference_record, read_json, read_rows, row_turns)
+                   clean_text, cli, file_hash, fingerprint, good_rows, preference_record, read_json, row_turns)
 
 # What a judge is asked: a question in which two answers change places, since the first is often preferred
 COMPARE = ("下面是对同一个问题的两个回答。请判断哪一个更好：正确、切题、完整、不重复的更好，长的不一定更好。\n\n[问题]\n{question}\n\n[回答 A]\n{a}\n\n"
@@ -176,22 +176,13 @@ def read_items(path: str, skip_bad_records: bool, answered: bool) -> list[dict]:
 
     kind: one (answer), answers, preference (chosen and rejected), prompt (no answer, which is bad if `answered`).
     """
-    items, bad = [], []
-    for number, row in enumerate(read_rows(path, Counter())):
-        try:
-            items.append({"where": f"{path}, record {number}", "number": number, "row": row} | item_of(row))
-            if answered and not items[-1]["answers"]:
-                items.pop()
-                raise BadInput("it has no answer to score")
-        except BadInput as problem:
-            bad.append(f"{path}, record {number}: {problem}")
-            if not skip_bad_records:
-                raise BadInput(f"{bad[0]}. See sample/README.md, or drop bad records with --skip_bad_records True") from None
-    if bad:
-        print(f"dropped {len(bad)} bad records of {len(bad) + len(items)}:", *bad[:3], sep="\n  ", file=sys.stderr)
-    if not items:
-        raise BadInput(f"{path} holds no record that can be used")
-    return items
+    def read(row) -> dict:
+        item = item_of(row) | {"row": row}
+        if answered and not item["answers"]:
+            raise BadInput("it has no answer to score")
+        return item
+
+    return [item | {"where": f"{path}, record {number}", "number": number} for number, item in good_rows(path, read, skip_bad_records, Counter())]
 
 
 def item_of(row: dict) -> dict:

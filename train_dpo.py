@@ -36,8 +36,7 @@ from types import MethodType
 from typing import Literal
 
 from utils import (IGNORE_INDEX, BadInput, Chat, RunStopped, cache_folder, can_pack, check_disk, check_ranks, check_run, check_tokenizer, cli, describe,
-                   draw_curves, explain, fingerprint, make_pair_blocks, read_examples, read_json, replace_json, resume_point, run_facts, summarize,
-                   write_facts)
+                   draw_curves, explain, fingerprint, make_pair_blocks, read_examples, read_json, replace_json, resume_point, run_facts, write_facts)
 
 BETA = {"sigmoid": 0.1, "ipo": 0.1, "sigmoid_norm": 5.0, "simpo": 2.0, "orpo": 0.1}
 
@@ -158,14 +157,13 @@ def main(
 
     # ---- prepare ----
     facts = run_facts(flags, template=chat.template, precision=precision, world_size=args.world_size)
-    check_ranks(args, facts)
+    check_ranks(facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
     examples, counts, train_on, evaluate_on = read_examples(flags | {"preference": True}, chat)
     lengths, per_step = list(examples["length"]), args.world_size * args.train_batch_size * gradient_accumulation_steps
     blocks = make_pair_blocks(lengths, train_on, max_length, packing, shuffle, per_step)
     eval_blocks = make_pair_blocks(lengths, evaluate_on, max_length, packing, shuffle, args.world_size * args.per_device_eval_batch_size)
-    if args.process_index == 0:
-        print(summarize(counts), describe(blocks, lengths, args), sep="\n", file=sys.stderr)
+    describe(counts, blocks, lengths, args)
 
     # ---- train ----
     set_seed(seed)
@@ -282,6 +280,7 @@ def reference_log_probs(model, args, collator, examples, blocks: list[list[int]]
     """(len(examples),) log-probabilities of the answers under `model` as it is now; from the cache where model, precision, texts and masks are the same."""
     import numpy
     import torch
+    from accelerate.utils import broadcast_object_list, reduce
     from tqdm import tqdm
 
     base = fingerprint(model.name_or_path)  # None of a model of the hub: it is read anew
@@ -290,20 +289,16 @@ def reference_log_probs(model, args, collator, examples, blocks: list[list[int]]
         for ids in (*row["input_ids"], *row["labels"]):
             digest.update(ids.tobytes() + b"|")
     file = cache_folder() / "reference" / f"{digest.hexdigest()}.npy"
-    known = [numpy.load(file) if base and file.is_file() else None]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(known)  # the first rank's, which may be on another machine
-    if known[0] is not None:
-        return known[0]
+    known, = broadcast_object_list([numpy.load(file) if base and file.is_file() else None])  # the first rank's, which may be on another machine
+    if known is not None:
+        return known
     found = torch.zeros(len(examples), device=args.device)
     model.to(args.device)
     for block in tqdm(blocks[args.process_index :: args.world_size], "reference", disable=args.process_index > 0):
         batch = {name: value.to(args.device) if hasattr(value, "to") else value for name, value in collator([block]).items()}
         with torch.no_grad(), torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             found[block] = answer_log_probs(model, **batch)[0]
-    if args.world_size > 1:
-        torch.distributed.all_reduce(found)
-    found = found.cpu().numpy()
+    found = reduce(found, "sum").cpu().numpy()
     if args.process_index == 0 and base:
         file.parent.mkdir(parents=True, exist_ok=True)
         numpy.save(unfinished := file.with_suffix(".new.npy"), found)
@@ -453,7 +448,7 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
     """A Trainer that counts, stops at a NaN, evaluates (`characters`: of the evaluation text), and saves what a model needs to be talked to."""
     import torch
     from tqdm import tqdm
-    from transformers import EarlyStoppingCallback, GenerationConfig, Trainer
+    from transformers import EarlyStoppingCallback, Trainer
 
     class SupervisedTrainer(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -498,13 +493,7 @@ def make_trainer(model, args, chat: Chat, facts: dict, collator, blocks, eval_bl
             super()._save(output_dir, state_dict)
             if args.should_save:
                 Path(output_dir, "training_args.bin").unlink()  # a pickle
-                chat.tokenizer.save_pretrained(output_dir)
-                if old := getattr(self.model, "generation_config", None):  # a reward model has none
-                    # Older chat models give a temperature without do_sample, which transformers refuses to save
-                    old = old.to_dict()
-                    old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
-                    old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
-                    GenerationConfig.from_dict(old).save_pretrained(output_dir)
+                chat.save(output_dir, getattr(self.model, "generation_config", None))
                 replace_json(Path(output_dir, "yangtuo.json"), {name: facts.get(name) for name in ("base", "base_fingerprint", "template")})
 
     an_epoch = len(blocks) // (args.train_batch_size * args.gradient_accumulation_steps * args.world_size)

@@ -18,7 +18,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import random
 import resource
 import shutil
@@ -33,8 +32,8 @@ from types import MethodType, SimpleNamespace
 from typing import Literal
 
 from utils import (SHORTEST, BadInput, Chat, RunStopped, can_pack, check_disk, check_file, check_model, check_numbers, check_output_dir, check_positive,
-                   check_ranks, check_tokenizer, clean_messages, cli, draw_curves, file_hash, fingerprint, pack, read_json, read_rows, replace_json,
-                   resume_point, row_turns, show, whole_folder, write_facts)
+                   check_ranks, check_tokenizer, clean_messages, cli, draw_curves, file_hash, fingerprint, good_rows, pack, read_json, replace_json,
+                   resume_point, row_turns, run_facts, show, whole_folder, write_facts)
 
 
 def main(
@@ -70,7 +69,7 @@ def main(
     num_mini_batches: int = 1,
     per_device_train_batch_size: int = 1,
     learning_rate: float = 1e-4,
-    lr_scheduler_type: str = "constant",
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant",
     max_grad_norm: float = 1.0,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
@@ -151,13 +150,16 @@ def main(
     if max_length > (context := getattr(config, "max_position_embeddings", None) or max_length):
         raise BadInput(f"--max_length={max_length} is more than the model's context of {context}")
     prompts = read_prompts(data_path, chat, max_length - max_new_tokens, skip_bad_records)
-    args, precision = join_ranks(precision)
-    if rollout_batch_size % args.world_size:
-        raise BadInput(f"--rollout_batch_size={rollout_batch_size} prompts cannot be shared among {args.world_size} ranks: give a multiple of it")
+    ranks, precision = join_ranks(precision)
+    if rollout_batch_size % ranks.num_processes:
+        raise BadInput(f"--rollout_batch_size={rollout_batch_size} prompts cannot be shared among {ranks.num_processes} ranks: give a multiple of it")
 
     # ---- prepare ----
-    facts = facts_of(flags) | {"template": chat.template, "precision": precision, "world_size": args.world_size}
-    check_ranks(args, facts)
+    adapter = Path(reward_model or "", "adapter_model.safetensors")
+    facts = run_facts(flags, template=chat.template, precision=precision, world_size=ranks.num_processes,
+                      rules_file=rules and file_hash(rules.rpartition(":")[0]),
+                      reward_model=reward_model and (file_hash(adapter) if adapter.is_file() else fingerprint(reward_model)))
+    check_ranks(facts)
     checkpoint = resume_point(output_dir, facts) if resume else None
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -168,7 +170,7 @@ def main(
     attention, dtype = choose_attention(skeleton, precision, max_length), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     quantization = None if bits == 16 else BitsAndBytesConfig(  # 8: LLM.int8, arXiv:2208.07339; 4: NF4 with double quantization, QLoRA, arXiv:2305.14314
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    given = dict(dtype=dtype, device_map={"": args.device}, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code)
+    given = dict(dtype=dtype, device_map={"": ranks.device}, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code)
     base = load(AutoModelForCausalLM, model_name_or_path, quantization_config=quantization, attn_implementation=attention, output_loading_info=True, **given)
     configured, base.generation_config = base.generation_config, GenerationConfig(  # a model's own top_k, say, would sample from what is not scored
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0],
@@ -185,12 +187,12 @@ def main(
         base.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for name, p in model.named_parameters() if ".default." in name or ".critic." in name] + ([critic.weight] if critic else [])
     optimizer = torch.optim.AdamW(trained, learning_rate, eps=1e-5, weight_decay=0.0)
-    schedule, scaler = get_scheduler(lr_scheduler_type, optimizer, 0, max_steps), torch.amp.GradScaler(args.device.type, enabled=precision == "fp16")
-    torch.manual_seed(seed + args.process_index)  # from here on the ranks differ: they sample
+    schedule, scaler = get_scheduler(lr_scheduler_type, optimizer, 0, max_steps), torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16")
+    torch.manual_seed(seed + ranks.process_index)  # from here on the ranks differ: they sample
     check_disk(output_dir, 4 * 12 * sum(p.numel() for p in trained))  # three checkpoints with two moments of AdamW, and the result
-    log = begin_run(output_dir, facts, checkpoint, trained, kept := {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}, args)
+    log = begin_run(output_dir, facts, checkpoint, trained, kept := {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}, ranks)
     save = partial(save_policy, model=model, chat=chat, configured=configured, facts=facts)
-    head, autocast = base.get_output_embeddings(), partial(torch.autocast, args.device.type, dtype, enabled=precision != "fp32")
+    head, autocast = base.get_output_embeddings(), partial(torch.autocast, ranks.device.type, dtype, enabled=precision != "fp32")
     when_sampling = "sdpa" if attention == "documents" else base.config._attn_implementation
 
     def states(adapter: str | None, batch: list[dict]):
@@ -211,7 +213,7 @@ def main(
     for step in range(len(log), max_steps):
         # Sample a group of answers to each prompt of this rank
         clock = [time.perf_counter()]
-        places = range(step * rollout_batch_size + args.process_index, (step + 1) * rollout_batch_size, args.world_size)
+        places = range(step * rollout_batch_size + ranks.process_index, (step + 1) * rollout_batch_size, ranks.num_processes)
         answers = [dict(prompts[prompt_at(place, len(prompts), shuffle, seed)]) for place in places for _ in range(num_generations)]
         model.set_adapter("default")
         base.set_attn_implementation(when_sampling)
@@ -253,13 +255,13 @@ def main(
             if critic:
                 answer["advantages"], answer["returns"] = gae(answer["rewards"], answer["values"], gamma, gae_lambda)
         if critic:
-            whiten(answers, args)
+            whiten(answers, ranks)
         else:
             for i in range(0, len(answers), num_generations):
                 compare_group(answers[i : i + num_generations], advantage)
 
         # Learn. An answer token counts the same wherever it is: a mini-batch is divided by those of all ranks
-        counts, sums = add_up(args, [sum(len(answer["ids"]) for batch in mini_batch for answer in batch) for mini_batch in mini_batches]), Counter()
+        counts, sums = add_up(ranks, [sum(len(answer["ids"]) for batch in mini_batch for answer in batch) for mini_batch in mini_batches]), Counter()
         for mini_batch, count in list(zip(mini_batches, counts)) * ppo_epochs:
             for batch in mini_batch:
                 names = [name for name in ("old", "advantages", "values", "returns") if name in batch[0]]
@@ -272,25 +274,25 @@ def main(
                     scaler.scale(value_coef * loss / count).backward()
                     sums.update(value_loss=float(loss.detach()))
             if count:
-                sums.update(steps=1, grad_norm=change(trained, optimizer, scaler, max_grad_norm, args, step))
+                sums.update(steps=1, grad_norm=change(trained, optimizer, scaler, max_grad_norm, ranks, step))
         schedule.step()
         clock.append(time.perf_counter())
 
         # Look
-        log.append({"step": step + 1, "answers": rollout_batch_size * num_generations} | figures(answers, num_generations, sums, args) | {
+        log.append({"step": step + 1, "answers": rollout_batch_size * num_generations} | figures(answers, num_generations, sums, ranks) | {
             "grad_norm": sums["grad_norm"] / sums["steps"], "seconds": dict(zip(("sample", "score", "learn"), (b - a for a, b in zip(clock, clock[1:]))))})
         seen.update(tokens=sum(lengths), answers=sum(len(answer["ids"]) for answer in answers))
-        if args.process_index == 0:
+        if ranks.process_index == 0:
             tell(log[-1], max_steps, answers[:: len(answers) // 3 or 1][:3] if step % logging_steps == 0 else [])
             with open(Path(output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(log[-1], ensure_ascii=False) + "\n")
         stop_if_lost(log, max_kl, max_new_tokens)
         if (step + 1) % save_steps == 0:
-            save_checkpoint(output_dir, log, trained, kept, args, save)
+            save_checkpoint(output_dir, log, trained, kept, ranks, save)
 
     # ---- save ----
-    seconds, (tokens, supervised) = time.perf_counter() - start, add_up(args, [seen["tokens"], seen["answers"]])
-    if args.process_index == 0:
+    seconds, (tokens, supervised) = time.perf_counter() - start, add_up(ranks, [seen["tokens"], seen["answers"]])
+    if ranks.process_index == 0:
         save(saving_in := Path(output_dir, ".saving"))
         if not any(tensor.any() for name, tensor in load_file(saving_in / "adapter_model.safetensors").items() if "lora_B" in name):
             raise RunStopped(f"the adapter in {saving_in} changes nothing, all its B matrices are zero: did no answer ever do better than another?")
@@ -298,7 +300,7 @@ def main(
             file.replace(Path(output_dir, file.name))
         saving_in.rmdir()
         panels = {"mean score": ["reward"], "KL, nats a token": ["kl"], "tokens an answer": ["length"], "share finished": ["finished"]}
-        draw_curves([{name: entry[name] for name in ("step", *sum(panels.values(), []))} for entry in log], panels, Path(output_dir, "curves.png"))
+        draw_curves(log, panels, Path(output_dir, "curves.png"))
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         report = {"tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1),
                   "train_loss": log[-1]["loss"], "eval_loss": None, "peak_memory_bytes": peak, "output_dir": output_dir}
@@ -333,8 +335,6 @@ def check_ppo(flags: dict) -> dict:
         raise BadInput("nothing judges the answers: give --rules, such as sample/rules.py:finished=1,chinese=1, or --reward_model, or both")
     if flags["num_generations"] < 2 and flags["advantage"] != "gae":
         raise BadInput(f"--num_generations={flags['num_generations']}: {flags['advantage']} compares answers to one prompt, give 2 or more, or --advantage gae")
-    if flags["lr_scheduler_type"] not in ("constant", "linear", "cosine"):
-        raise BadInput(f"--lr_scheduler_type={flags['lr_scheduler_type']} is not one of constant, linear, cosine")
     if flags["max_new_tokens"] >= flags["max_length"]:
         raise BadInput(f"--max_new_tokens={flags['max_new_tokens']} leaves no room for a prompt in --max_length={flags['max_length']}")
     judges = load_rules(flags["rules"]) if flags["rules"] else {}
@@ -342,42 +342,22 @@ def check_ppo(flags: dict) -> dict:
     return judges
 
 
-def facts_of(flags: dict) -> dict:
-    """What a run must have in common with the one it goes on from: all flags but those that do not make the weights, and what is in its files."""
-    may_change = {"output_dir", "resume", "max_steps", "max_kl", "logging_steps", "save_steps", "trust_remote_code", "allow_pickle", "deepspeed",
-                  "model_name_or_path"}
-    judge, base = flags["reward_model"] or "", flags["model_name_or_path"]
-    adapter = Path(judge, "adapter_model.safetensors")
-    return {name: value for name, value in flags.items() if name not in may_change} | {
-        "data_path": file_hash(flags["data_path"]), "rules_file": flags["rules"] and file_hash(flags["rules"].rpartition(":")[0]),
-        "reward_model": judge and (file_hash(adapter) if adapter.is_file() else fingerprint(judge)), "base": base, "base_fingerprint": fingerprint(base)}
-
-
 def read_prompts(data_path: str, chat: Chat, room: int, skip_bad_records: bool) -> list[dict]:
     """The records of a file, each of which ends in a question, as {"messages", "prompt": at most `room` token ids, "record": the row, "where"}."""
-    prompts, bad = [], []
-    for number, row in enumerate(read_rows(data_path, Counter())):
-        try:
-            record = row
-            if isinstance(row, dict) and "prompt" in row and not {"messages", "output"} & row.keys():  # {"prompt": text}, or messages, as verl has them
-                name = "instruction" if isinstance(row["prompt"], str) else "messages"
-                record = {name: row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
-            messages = clean_messages(row_turns(record, Counter()), False, Counter())
-            if not messages or messages[-1]["role"] not in ("user", "tool"):
-                raise BadInput("it ends in an answer where a question belongs: score_records.py --keep prompts writes such files")
-            ids = [i for part, _ in chat.encode(messages, add_generation_prompt=True) for i in part]
-            if len(ids) > room:
-                raise BadInput(f"the prompt has {len(ids)} tokens, --max_length less --max_new_tokens leaves it {room}: raise the one or lower the other")
-            prompts.append({"messages": messages, "prompt": ids, "record": row, "where": f"{data_path}, record {number}"})
-        except BadInput as problem:
-            bad.append(f"{data_path}, record {number}: {problem}")
-            if not skip_bad_records:
-                raise BadInput(bad[0]) from None
-    if bad:
-        print(f"dropped {len(bad)} bad records:", *bad[:3], sep="\n  ", file=sys.stderr)
-    if not prompts:
-        raise BadInput(f"{data_path} holds no prompt")
-    return prompts
+    def read(row) -> dict:
+        record = row
+        if isinstance(row, dict) and "prompt" in row and not {"messages", "output"} & row.keys():  # {"prompt": text}, or messages, as verl has them
+            name = "instruction" if isinstance(row["prompt"], str) else "messages"
+            record = {name: row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
+        messages = clean_messages(row_turns(record, Counter()), False, Counter())
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
+            raise BadInput("it ends in an answer where a question belongs: score_records.py --keep prompts writes such files")
+        ids = [i for part, _ in chat.encode(messages, add_generation_prompt=True) for i in part]
+        if len(ids) > room:
+            raise BadInput(f"the prompt has {len(ids)} tokens, --max_length less --max_new_tokens leaves it {room}: raise the one or lower the other")
+        return {"messages": messages, "prompt": ids, "record": row}
+
+    return [prompt | {"where": f"{data_path}, record {number}"} for number, prompt in good_rows(data_path, read, skip_bad_records, Counter())]
 
 
 def prompt_at(place: int, count: int, shuffle: bool, seed: int) -> int:
@@ -387,20 +367,17 @@ def prompt_at(place: int, count: int, shuffle: bool, seed: int) -> int:
 
 
 def join_ranks(precision: str):
-    """What this process is among the others (world_size, process_index, device), and the precision, which auto leaves to the device."""
+    """What this process is among the others (num_processes, process_index, device), and the precision, which auto leaves to the device."""
     import torch
+    from accelerate import PartialState
 
-    cuda, ranks, local = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
     if not cuda and precision in ("bf16", "fp16"):
         raise BadInput(f"--precision={precision} needs a GPU: leave it at auto")
+    ranks = PartialState(cpu=not cuda, timeout=datetime.timedelta(hours=1))  # one rank may sample longer than another
     if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability(local)[0] >= 8 else "fp16"
-    if cuda:
-        torch.cuda.set_device(local)
-    if ranks > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))  # one rank may sample longer than another
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    return SimpleNamespace(world_size=ranks, process_index=int(os.environ.get("RANK", 0)), device=device), precision
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return ranks, precision
 
 
 def load_judge(model, reward_model: str, base_fingerprint: str | None, given: dict):
@@ -464,15 +441,14 @@ def add_critic(model, lora, judge):
 def sample(model, chat: Chat, answers: list[dict], batch_size: int) -> None:
     """Give each of `answers`, which has a "prompt", its "ids" up to the first stop token, whether it "finished" with one, and its "text"."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     order = sorted(answers, key=lambda answer: len(answer["prompt"]))  # prompts of like length go together: little padding
     for batch in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
-        width = len(batch[-1]["prompt"])
-        left = [width - len(answer["prompt"]) for answer in batch]
-        ids = torch.tensor([chat.stop_ids[:1] * n + answer["prompt"] for n, answer in zip(left, batch)], device=model.device)  # (B, width)
+        prompts = [torch.tensor(answer["prompt"], device=model.device) for answer in batch]
+        ids, mask = (pad_sequence(rows, True, padding_side="left") for rows in (prompts, [torch.ones_like(row) for row in prompts]))  # (B, T)
         with torch.inference_mode():
-            mask = torch.arange(width, device=model.device) >= torch.tensor(left, device=model.device)[:, None]
-            rows = model.generate(input_ids=ids, attention_mask=mask.long())[:, width:].tolist()
+            rows = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].tolist()
         for answer, row in zip(batch, rows):
             length = next((n for n, token in enumerate(row, 1) if token in chat.stop_ids), 0)
             answer.update(ids=row[: length or len(row)], finished=length > 0)
@@ -528,12 +504,12 @@ def gae(rewards, values, gamma: float, gae_lambda: float):
     return advantages, advantages + values
 
 
-def whiten(answers: list[dict], args) -> None:
+def whiten(answers: list[dict], ranks) -> None:
     """Shift and scale the advantages to mean 0 and variance 1 over the answer tokens of all ranks."""
     import torch
 
     mine = torch.cat([answer["advantages"] for answer in answers]).double()
-    count, total, squares = add_up(args, [len(mine), float(mine.sum()), float(mine @ mine)])
+    count, total, squares = add_up(ranks, [len(mine), float(mine.sum()), float(mine @ mine)])
     mean, variance = total / count, max(0.0, squares / count - (total / count) ** 2)
     for answer in answers:
         answer["advantages"] = (answer["advantages"] - mean) / math.sqrt(variance + 1e-8)
@@ -568,13 +544,13 @@ def value_loss(new, old, returns, clip_range: float):
     return torch.maximum((new - returns) ** 2, (near - returns) ** 2).sum() / 2
 
 
-def change(trained: list, optimizer, scaler, max_grad_norm: float, args, step: int) -> float:
+def change(trained: list, optimizer, scaler, max_grad_norm: float, ranks, step: int) -> float:
     """One step of the optimizer with the gradients of all ranks; returns their norm. RunStopped where that is no number."""
     import torch
 
     for p in trained:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if args.world_size > 1:
+    if ranks.num_processes > 1:
         torch.distributed.all_reduce(flat := torch.cat([p.grad.flatten() for p in trained]))
         for p, part in zip(trained, flat.split([p.numel() for p in trained])):
             p.grad.copy_(part.view_as(p))
@@ -588,18 +564,16 @@ def change(trained: list, optimizer, scaler, max_grad_norm: float, args, step: i
     return norm if math.isfinite(norm) else 0.0
 
 
-def add_up(args, numbers: list[float]) -> list[float]:
+def add_up(ranks, numbers: list[float]) -> list[float]:
     """Each number summed over the ranks."""
     import torch
+    from accelerate.utils import reduce
 
-    totals = torch.tensor(numbers, dtype=torch.float64, device=args.device)
-    if args.world_size > 1:
-        torch.distributed.all_reduce(totals)
-    return totals.tolist()
+    return reduce(torch.tensor(numbers, dtype=torch.float64, device=ranks.device), "sum").tolist()
 
 
 # ---- what comes out ----
-def figures(answers: list[dict], num_generations: int, sums: Counter, args) -> dict:
+def figures(answers: list[dict], num_generations: int, sums: Counter, ranks) -> dict:
     """What the log says of an update, over all ranks."""
     groups = [[answer["score"] for answer in answers[i : i + num_generations]] for i in range(0, len(answers), num_generations)]
     totals = Counter({name: sums[name] for name in ("loss", "value_loss", "clipped", "learned")})
@@ -610,7 +584,7 @@ def figures(answers: list[dict], num_generations: int, sums: Counter, args) -> d
                       k1=k1, k1_squares=k1**2, returns=float(returns.sum()), squares=float(returns @ returns),
                       errors=float((returns - answer.get("values", returns)).square().sum()))
         totals.update({f"rule {name}": said for name, said in answer["rules"].items()})
-    totals = SimpleNamespace(**dict(zip(totals, add_up(args, [*totals.values()]))))
+    totals = SimpleNamespace(**dict(zip(totals, add_up(ranks, [*totals.values()]))))
     rules = {name: vars(totals)[f"rule {name}"] / totals.answers for name in answers[0]["rules"]}
     found = {"reward": totals.reward / totals.answers, "rules": rules, "finished": totals.finished / totals.answers, "length": totals.tokens / totals.answers,
              "kl": totals.k1 / totals.tokens, "kl_error": math.sqrt(max(0.0, totals.k1_squares - totals.k1**2 / totals.answers)) / totals.tokens,
@@ -652,7 +626,7 @@ def stop_if_lost(log: list[dict], max_kl: float, max_new_tokens: int) -> None:
 
 
 # ---- the state of a run ----
-def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: list, kept: dict, args) -> list[dict]:
+def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: list, kept: dict, ranks) -> list[dict]:
     """The log of the updates that are done; everything else is made as it was behind the last of them."""
     import torch
 
@@ -665,10 +639,10 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
             p.data.copy_(saved)
         for name, saved in state.items():
             kept[name].load_state_dict(saved)
-        states = read(f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth")
+        states = read(f"rng_state_{ranks.process_index}.pth" if ranks.num_processes > 1 else "rng_state.pth")
         for set_state, saved in zip((torch.set_rng_state, torch.cuda.set_rng_state), states):
             set_state(saved)
-    if args.process_index == 0:  # what a killed run left unfinished, and lines of updates that are made again
+    if ranks.process_index == 0:  # what a killed run left unfinished, and lines of updates that are made again
         for unfinished in Path(output_dir).glob(".checkpoint-*"):
             shutil.rmtree(unfinished)
         Path(output_dir, ".log.new").write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in log), "utf-8")
@@ -676,15 +650,13 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
     return log
 
 
-def save_checkpoint(output_dir: str, log: list[dict], trained: list, kept: dict, args, save) -> None:
+def save_checkpoint(output_dir: str, log: list[dict], trained: list, kept: dict, ranks, save) -> None:
     """checkpoint-N, whole or not at all: the adapter, ready for use, and what begin_run goes on from. The last two stay."""
     import torch
+    from accelerate.utils import gather_object
 
-    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    everyone = [mine] * args.world_size
-    if args.world_size > 1:
-        torch.distributed.all_gather_object(everyone, mine)
-    if args.process_index:
+    everyone = gather_object([[torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])])
+    if ranks.process_index:
         return
     shutil.rmtree(target := Path(output_dir, f"checkpoint-{len(log)}"), ignore_errors=True)  # one that resume_point found damaged
     with whole_folder(target) as folder:
@@ -692,7 +664,7 @@ def save_checkpoint(output_dir: str, log: list[dict], trained: list, kept: dict,
         torch.save({"trained": [p.data for p in trained]} | {name: kept[name].state_dict() for name in ("optimizer", "scaler")}, folder / "optimizer.pt")
         torch.save(kept["schedule"].state_dict(), folder / "scheduler.pt")
         for rank, states in enumerate(everyone):
-            torch.save(states, folder / (f"rng_state_{rank}.pth" if args.world_size > 1 else "rng_state.pth"))
+            torch.save(states, folder / (f"rng_state_{rank}.pth" if ranks.num_processes > 1 else "rng_state.pth"))
         replace_json(folder / "trainer_state.json", {"global_step": len(log), "log_history": log})
     for old in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))[:-2]:
         shutil.rmtree(old)
@@ -700,15 +672,8 @@ def save_checkpoint(output_dir: str, log: list[dict], trained: list, kept: dict,
 
 def save_policy(folder: Path, model, chat: Chat, configured, facts: dict) -> None:
     """The policy's adapter, and beside it tokenizer, chat template and stop tokens; `configured` is how the base was to generate."""
-    from transformers import GenerationConfig
-
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    chat.tokenizer.save_pretrained(folder)
-    # Older chat models give a temperature without do_sample, which transformers refuses to save
-    old = configured.to_dict()
-    old |= {"eos_token_id": chat.stop_ids, "do_sample": any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))}
-    old["pad_token_id"] = chat.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
-    GenerationConfig.from_dict(old).save_pretrained(folder)
+    chat.save(folder, configured)
     replace_json(folder / "yangtuo.json", {name: facts[name] for name in ("base", "base_fingerprint", "template")})
 
 

@@ -32,6 +32,7 @@ import time
 import typing
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import fire
@@ -174,6 +175,16 @@ class Chat:
                     start = whole
             pieces.append((ids, trained))
         return pieces
+
+    def save(self, folder: str | Path, generation_config=None) -> None:
+        """Write the tokenizer with its chat template, and how a model generates with the stop tokens, so that other programs end an answer here as well."""
+        self.tokenizer.save_pretrained(folder)
+        if generation_config:  # a reward model has none
+            old = generation_config.to_dict()
+            samples = any(old.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))  # older chat models give a temperature without do_sample
+            padding = self.tokenizer.eos_token_id if old.get("pad_token_id") is None else old["pad_token_id"]
+            new = type(generation_config).from_dict(old | {"eos_token_id": self.stop_ids, "do_sample": samples, "pad_token_id": padding})
+            new.save_pretrained(folder)  # one that was changed behind from_dict is checked more strictly
 
     def _text_ids(self, text: str) -> list[int]:
         return self.text_tokenizer.encode(text, add_special_tokens=False).ids
@@ -514,19 +525,27 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
     (joined turns, unknown columns, ...). A document_separator says that these are documents for pretraining, parted in a .txt file by line or
     by blank_line; with `preference` they are those of preference_record.
     """
-    notes, bad, number = Counter() if notes is None else notes, [], -1
+    notes = Counter() if notes is None else notes
+
+    def read(row) -> dict:
+        if preference:
+            return preference_record(row, unescape_newlines, notes)
+        messages = clean_messages((document_turns if document_separator else row_turns)(row, notes), unescape_newlines, notes)
+        while messages and messages[-1]["role"] != "assistant":
+            notes[f"trailing {messages.pop()['role']} turn (dropped)"] += 1
+        if not messages:
+            raise BadInput("it has no answer to train on")
+        return {"messages": messages}
+
+    return good_rows(path, read, skip_bad_records, notes, document_separator)
+
+
+def good_rows(path: str, read: Callable, skip_bad_records: bool, notes: Counter, document_separator: str | None = None):
+    """Yield (number of the row, from 0; read(row)). Where that is BadInput, the row is dropped, with a word on how many and why, or BadInput names it."""
+    bad, number = [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
         try:
-            if preference:
-                yield number, preference_record(row, unescape_newlines, notes)
-                continue
-            turns = (document_turns if document_separator else row_turns)(row, notes)
-            messages = clean_messages(turns, unescape_newlines, notes)
-            while messages and messages[-1]["role"] != "assistant":
-                notes[f"trailing {messages.pop()['role']} turn (dropped)"] += 1
-            if not messages:
-                raise BadInput("it has no answer to train on")
-            yield number, {"messages": messages}
+            yield number, read(row)
         except BadInput as problem:
             bad.append(f"{path}, record {number}: {problem}")
             notes["bad record (dropped)"] += 1
@@ -535,7 +554,7 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
     if bad:
         print(f"dropped {len(bad)} bad records of {number + 1}:", *bad[:3], sep="\n  ", file=sys.stderr)
     if len(bad) == number + 1:
-        raise BadInput(f"{path} " + ("holds nothing to train on: all its records were dropped" if bad else "is empty: it should hold records"))
+        raise BadInput(f"{path} " + ("holds nothing of use: all its records were dropped" if bad else "is empty: it should hold records"))
 
 
 def read_rows(path: str, notes: Counter, document_separator: str | None = None):
@@ -829,11 +848,10 @@ def show(flags: dict) -> None:
 
 _COUNTS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "num_train_epochs", "max_new_tokens", "beta",
            "per_device_eval_batch_size", "ranks", "num_pieces", "repetition_penalty", "logging_steps", "save_steps", "eval_steps", "lora_alpha")
-_SHARES = ("lora_dropout", "adam_beta1", "adam_beta2", "top_p", "label_smoothing", "damp_percent")
-_SIZES = ("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
-          "early_stopping_patience", "dataloader_num_workers", "workers", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient")
-_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256, "workers": 256,  # each is a process
-         "neftune_noise_alpha": 1e6, "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0)}
+_MOST = dict.fromkeys(("learning_rate", "warmup_steps", "eval_size", "temperature", "top_k", "max_grad_norm", "weight_decay", "adam_epsilon",
+                       "early_stopping_patience", "freeze_layers", "sft_weight", "simpo_gamma", "center_rewards_coefficient"), math.inf) | {
+    "lora_dropout": 1, "top_p": 1, "label_smoothing": 1, "damp_percent": 1, "adam_beta1": math.nextafter(1, 0), "adam_beta2": math.nextafter(1, 0),
+    "neftune_noise_alpha": 1e6, "seed": 2**32 - 1, "data_seed": 2**32 - 1, "dataloader_num_workers": 256, "workers": 256}  # each is a process
 
 
 def check_positive(**flags: float) -> None:
@@ -845,12 +863,11 @@ def check_positive(**flags: float) -> None:
 
 def check_numbers(flags: dict) -> None:
     """BadInput where a flag holds a number, but not a possible one."""
-    for name, value in flags.items():
-        least, most = 0, _MOST.get(name, 1 if name in _SHARES else math.inf)
-        if name in (*_COUNTS, *_SHARES, *_SIZES, "seed", "data_seed") and isinstance(value, (int, float)):
-            if not math.isfinite(value) or not least <= value <= most or (name in _COUNTS and value == 0):
-                span = "above zero" if name in _COUNTS else "zero or more" if most == math.inf else f"from {least} to {most}"
-                raise BadInput(f"--{name}={value} must be {span}")
+    numbers = {name: value for name, value in flags.items() if isinstance(value, (int, float))}
+    check_positive(**{name: value for name, value in numbers.items() if name in _COUNTS})
+    for name, most in _MOST.items():
+        if name in numbers and (not 0 <= numbers[name] <= most or numbers[name] == math.inf):
+            raise BadInput(f"--{name}={numbers[name]} must be " + ("zero or more" if most == math.inf else f"from 0 to {most}"))
 
 
 def check_file(flag: str, path: str | None) -> None:
@@ -982,10 +999,9 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
             known = importlib.import_module("transformers.trainer_callback").TrainerState(**state)
             numbers = [value for name, value in vars(known).items() if isinstance(getattr(type(known), name, None), int)]  # by their defaults
             if all(isinstance(n, int | float) for n in numbers) and known.global_step and all(file.is_file() and file.stat().st_size for file in needed):
-                if best := state.get("best_model_checkpoint"):  # the folder may have another name since
-                    state["best_model_checkpoint"] = str(Path(output_dir, Path(best).name))
-                    if best != state["best_model_checkpoint"] and os.environ.get("RANK", "0") == "0":
-                        replace_json(folder / "trainer_state.json", state)
+                if known.best_model_checkpoint and os.environ.get("RANK", "0") == "0":  # the folder may have another name since
+                    best = Path(output_dir, Path(known.best_model_checkpoint).name)
+                    replace_json(folder / "trainer_state.json", state | {"best_model_checkpoint": str(best)})
                 return str(folder)
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} is not whole: looking for the checkpoint before it", file=sys.stderr)
@@ -1074,10 +1090,12 @@ def read_examples(flags: dict, chat: Chat):
 def run_facts(flags: dict, **found) -> dict:
     """What a run must have in common with the one it goes on from: its data and base, the flags that make the weights, and what was found."""
     may_change = {"output_dir", "resume", "num_train_epochs", "early_stopping_patience", "training_arguments", "trust_remote_code", "allow_pickle",
-                  "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    hashed = {name: [file_hash(file) for file in document_files(flags[name])] for name in ("data_path", "eval_path") if flags[name]}
-    blocks = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]  # one can be traded for the other
-    other = {name: value for name, value in flags["training_arguments"].items() if not re.match("log|save|eval|report|max_steps|disable|dataloader|ddp", name)}
+                  "model_name_or_path", "data_path", "eval_path", "per_device_train_batch_size", "gradient_accumulation_steps",
+                  "max_steps", "max_kl", "logging_steps", "save_steps"}  # flags of train_ppo.py, which takes no other training arguments
+    hashed = {name: [file_hash(file) for file in document_files(flags[name])] for name in ("data_path", "eval_path") if flags.get(name)}
+    blocks = flags["per_device_train_batch_size"] * flags.get("gradient_accumulation_steps", 1)  # one can be traded for the other
+    free = re.compile("log|save|eval|report|max_steps|disable|dataloader|ddp")
+    other = {name: value for name, value in flags.get("training_arguments", {}).items() if not free.match(name)}
     return {name: value for name, value in flags.items() if name not in may_change} | hashed | found | {
         "training_arguments": json.loads(json.dumps(other, default=str)), "blocks_per_rank_and_step": blocks,
         "base": flags["model_name_or_path"], "base_fingerprint": fingerprint(flags["model_name_or_path"])}
@@ -1115,20 +1133,22 @@ def draw_curves(history: list[dict], panels: dict[str, list[str]], file: Path) -
     import pandas
     from matplotlib.figure import Figure
 
-    by_step, figure = pandas.DataFrame(history).groupby("step").max(), Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
+    logged, figure = pandas.DataFrame(history).filter(["step", *sum(panels.values(), [])]), Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
+    by_step = logged.apply(pandas.to_numeric, errors="coerce").groupby("step").max()
     for axes, (label, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
-        if not (curves := by_step.filter(names).apply(pandas.to_numeric, errors="coerce")).empty:
+        if not (curves := by_step.filter(names)).empty:
             curves.interpolate().plot(ax=axes, marker=".", grid=True, ylabel=label)
     figure.savefig(file, dpi=120)
 
 
-def describe(blocks: list[list[int]], lengths: list[int], args) -> str:
-    """What one step trains on; `args` are transformers' TrainingArguments."""
+def describe(counts: Counter, blocks: list[list[int]], lengths: list[int], args) -> None:
+    """Say what was read and what one step trains on, once for all ranks; `args` are transformers' TrainingArguments."""
     batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     steps = len(blocks) // (batch * accumulation * ranks)
     tokens = sum(lengths[e] for block in blocks for e in block)
-    return (f"global batch = {batch} blocks x {accumulation} accumulation x {ranks} ranks = {batch * accumulation * ranks} blocks, about "
-            f"{sum(map(len, blocks)) / steps:.0f} examples and {tokens / steps:,.0f} tokens; {steps} steps an epoch")
+    if args.process_index == 0:
+        print(f"{summarize(counts)}\nglobal batch = {batch} blocks x {accumulation} accumulation x {ranks} ranks = {batch * accumulation * ranks} blocks, "
+              f"about {sum(map(len, blocks)) / steps:.0f} examples and {tokens / steps:,.0f} tokens; {steps} steps an epoch", file=sys.stderr)
 
 
 def check_run(flags: dict) -> dict:
@@ -1160,7 +1180,9 @@ def check_run(flags: dict) -> dict:
         if given.get(name) and "LOCAL_RANK" not in os.environ:
             raise BadInput(f"--{name} needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
     if "deepspeed" in given:
-        check_deepspeed(given["deepspeed"])
+        for section in {"optimizer", "scheduler"} & read_json(given["deepspeed"]).keys():
+            raise BadInput(f"--deepspeed={given['deepspeed']} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, "
+                           f"--lr_scheduler_type, --warmup_steps): remove it, the flags say it all")
     show(flags)
     settings = {name: flags[name] for name in ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
                                                "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")}
@@ -1173,14 +1195,6 @@ def check_run(flags: dict) -> dict:
     if flags["gradient_checkpointing"]:
         settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     return settings | given | {"report_to": trackers}
-
-
-def check_deepspeed(path: str) -> None:
-    """BadInput if a DeepSpeed file would overrule the flags in silence, or cannot be read."""
-    check_file("deepspeed", path)
-    for section in {"optimizer", "scheduler"} & read_json(path).keys():
-        raise BadInput(f"--deepspeed={path} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, --lr_scheduler_type, "
-                       f"--warmup_steps): remove it, the flags say it all")
 
 
 def check_disk(output_dir, needed: float) -> None:
@@ -1207,12 +1221,10 @@ def explain(problem: BaseException, args, step: int) -> RunStopped | None:
                           f"--ddp_timeout sets how many seconds to wait ({args.ddp_timeout} now)")
 
 
-def check_ranks(args, facts: dict) -> None:
+def check_ranks(facts: dict) -> None:
     """BadInput if another rank trains on something else."""
-    import torch
+    from accelerate.utils import gather_object
 
-    everyone = [facts] * args.world_size
-    if args.world_size > 1:
-        torch.distributed.all_gather_object(everyone, facts)
-    for rank, name in ((rank, name) for rank in range(args.world_size) for name in facts if everyone[rank][name] != everyone[0][name]):
-        raise BadInput(f"rank {rank} has another {name} than rank 0 ({everyone[rank][name]}, not {everyone[0][name]}): give every machine the same files")
+    for rank, other in enumerate(everyone := gather_object([facts])):
+        for name in (name for name, first in everyone[0].items() if other[name] != first):
+            raise BadInput(f"rank {rank} has another {name} than rank 0 ({other[name]}, not {everyone[0][name]}): give every machine the same files")
