@@ -133,9 +133,8 @@ def main(
     if not model_name_or_path:
         raise BadInput("--model_name_or_path is missing: Folder or hub name of the base model (or give --compare)")
     check_model(model_name_or_path, allow_pickle, quantized=True)
-    check_adapter(lora_path)
     if lora_path:
-        check_whole(Path(lora_path))
+        check_adapter(lora_path)
     if load_in_8bit and bits == 4:
         raise BadInput("--load_in_8bit True and --bits 4: give one of them")
     check_file("eval_path", eval_path)
@@ -1126,20 +1125,6 @@ def dequantized_state(folder: str, settings: dict, dtype) -> dict:
 
 
 # ==== adapter ====
-def check_whole(folder: Path) -> None:
-    """BadInput if a file of an adapter is cut off or a pointer of Git LFS, which is found without torch, and before the base is read."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in {"adapter_config.json", "yangtuo.json"} & set(os.listdir(folder)):
-        read_json(folder / name)
-    try:
-        safe_open(folder / "adapter_model.safetensors", "np")  # compares its size with what its header says
-    except FileNotFoundError:  # it may be a pickle: load_adapter's matter
-        pass
-    except (OSError, SafetensorError) as problem:
-        raise BadInput(f"{folder}: adapter_model.safetensors is cut off, damaged or a pointer of Git LFS, copy it again ({problem})") from None
-
-
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
     """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
     import torch

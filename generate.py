@@ -147,7 +147,6 @@ def check_flags(model_name_or_path: str, lora_path: str | None, allow_pickle: bo
     adapters = [folder.strip() for folder in (lora_path or "").split(",") if folder.strip()]
     for folder in adapters:
         check_adapter(folder)
-        check_whole(Path(folder))
     for name, value in settings.items():
         if not RANGES[name][0] <= value <= RANGES[name][1]:  # nan is in no range
             raise BadInput(f"--{name}={value} must be from {RANGES[name][0]} to {RANGES[name][1]}")
@@ -461,20 +460,6 @@ def dequantized_state(folder: str, settings: dict, dtype) -> dict:
 
 
 # ==== adapter ====
-def check_whole(folder: Path) -> None:
-    """BadInput if a file of an adapter is cut off or a pointer of Git LFS, which is found without torch, and before the base is read."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in {"adapter_config.json", "yangtuo.json"} & set(os.listdir(folder)):
-        read_json(folder / name)
-    try:
-        safe_open(folder / "adapter_model.safetensors", "np")  # compares its size with what its header says
-    except FileNotFoundError:  # it may be a pickle: load_adapter's matter
-        pass
-    except (OSError, SafetensorError) as problem:
-        raise BadInput(f"{folder}: adapter_model.safetensors is cut off, damaged or a pointer of Git LFS, copy it again ({problem})") from None
-
-
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
     """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
     import torch

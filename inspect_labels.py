@@ -16,7 +16,7 @@ import os
 import sys
 from collections import Counter
 
-from utils import IGNORE_INDEX, BadInput, Chat, check_file, check_model, cli, read_records, summarize, tokenize_records
+from utils import IGNORE_INDEX, BadInput, Chat, check_file, check_model, cli, numbered_records, summarize, tokenize_records
 
 
 def main(
@@ -73,7 +73,7 @@ def main(
     for window, example in enumerate(shown, 1):
         print(f"record {record}, window {window} of {len(shown)}: {len(example['input_ids'])} tokens, trained between {start}the marks{end}")
         print("".join(start + text + end if trained else text for text, trained, _ in spans(tokenizer, example, by_token=False)), "\n")
-    print(audit(examples, counts, chat, read_records(data_path, skip_bad_records=True, unescape_newlines=unescape_newlines), max_length))
+    print(audit(examples, counts, chat, numbered_records(data_path, True, unescape_newlines), max_length))
 
     # ---- save ----
     if html:
@@ -109,7 +109,7 @@ def audit(examples, counts: Counter, chat: Chat, records, max_length: int) -> st
         found["answers without a stop token (cut, or the template writes none)"] += sum(labels[i] not in chat.stop_ids for i in ends)
     found["examples that stand more than once"] = sum(count for count in seen.values() if count > 1)
     chat.crossed = 0
-    for record in records:
+    for _, record in records:
         with contextlib.suppress(BadInput):  # one that the template refuses was dropped, or the run had ended before
             chat.encode(record["messages"])
     found["places where a merge would cross from prompt to answer (tokenized apart, as in generation)"] = chat.crossed

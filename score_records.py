@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (BadInput, Chat, cache_folder, can_pack, check_adapter, check_file, check_model, check_positive, check_tokenizer, clean_messages,
-                   clean_text, cli, file_hash, fingerprint, good_rows, preference_record, read_json, row_turns)
+                   clean_text, cli, file_hash, fingerprint, numbered_records, preference_record, read_json, row_turns)
 
 # What a judge is asked: a question in which two answers change places, since the first is often preferred
 COMPARE = ("下面是对同一个问题的两个回答。请判断哪一个更好：正确、切题、完整、不重复的更好，长的不一定更好。\n\n[问题]\n{question}\n\n[回答 A]\n{a}\n\n"
@@ -154,7 +154,6 @@ def check_scoring(flags: dict) -> dict:
             raise BadInput(f"--model_name_or_path={name} is a reward model, which writes no text: give it as --reward_model, with --by reward")
     if flags["lora_path"]:
         check_adapter(flags["lora_path"])
-        check_whole(Path(flags["lora_path"]))
     return load_rules(flags["rules"]) if flags["rules"] else {}
 
 
@@ -182,7 +181,7 @@ def read_items(path: str, skip_bad_records: bool, answered: bool) -> list[dict]:
             raise BadInput("it has no answer to score")
         return item
 
-    return [item | {"where": f"{path}, record {number}", "number": number} for number, item in good_rows(path, read, skip_bad_records, Counter())]
+    return [item | {"where": f"{path}, record {number}", "number": number} for number, item in numbered_records(path, skip_bad_records, read=read)]
 
 
 def item_of(row: dict) -> dict:
@@ -461,7 +460,7 @@ def check_reward(reward_model: str, allow_pickle: bool = False) -> None:
     """BadInput, without torch, if a folder is no reward model: neither ...ForSequenceClassification with one label nor an adapter of that."""
     folder = Path(reward_model)
     if (folder / "adapter_config.json").is_file():
-        check_whole(folder)
+        check_adapter(reward_model)
         if (task := read_json(folder / "adapter_config.json").get("task_type")) != "SEQ_CLS":
             raise BadInput(f"--reward_model={reward_model} is an adapter of the kind {task}, which gives no rewards: train one with train_reward.py")
         return
@@ -599,20 +598,6 @@ def read_rewards(model, rows: list[list[int]], batch_size: int):
 
 
 # ==== adapter ====
-def check_whole(folder: Path) -> None:
-    """BadInput if a file of an adapter is cut off or a pointer of Git LFS, which is found without torch, and before the base is read."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in {"adapter_config.json", "yangtuo.json"} & set(os.listdir(folder)):
-        read_json(folder / name)
-    try:
-        safe_open(folder / "adapter_model.safetensors", "np")  # compares its size with what its header says
-    except FileNotFoundError:  # it may be a pickle: load_adapter's matter
-        pass
-    except (OSError, SafetensorError) as problem:
-        raise BadInput(f"{folder}: adapter_model.safetensors is cut off, damaged or a pointer of Git LFS, copy it again ({problem})") from None
-
-
 def load_adapter(model, lora_path: str, model_name_or_path: str, allow_pickle: bool = False, name: str = "default"):
     """`model` with the LoRA adapter in a folder; BadInput if it was trained on another base or lacks a tensor."""
     import torch

@@ -32,7 +32,7 @@ from types import MethodType, SimpleNamespace
 from typing import Literal
 
 from utils import (SHORTEST, BadInput, Chat, RunStopped, can_pack, check_disk, check_file, check_model, check_numbers, check_output_dir, check_positive,
-                   check_ranks, check_tokenizer, clean_messages, cli, draw_curves, file_hash, fingerprint, good_rows, pack, read_json, replace_json,
+                   check_ranks, check_tokenizer, clean_messages, cli, draw_curves, file_hash, fingerprint, numbered_records, pack, read_json, replace_json,
                    resume_point, row_turns, run_facts, show, whole_folder, write_facts)
 
 
@@ -184,7 +184,7 @@ def main(
     for module in model.modules():  # nor may the base drop anything
         vars(module).update({name: 0.0 for name in ("attention_dropout", "p") if isinstance(vars(module).get(name), float)})
     if gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable()
     trained = [p for name, p in model.named_parameters() if ".default." in name or ".critic." in name] + ([critic.weight] if critic else [])
     optimizer = torch.optim.AdamW(trained, learning_rate, eps=1e-5, weight_decay=0.0)
     schedule, scaler = get_scheduler(lr_scheduler_type, optimizer, 0, max_steps), torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16")
@@ -357,7 +357,7 @@ def read_prompts(data_path: str, chat: Chat, room: int, skip_bad_records: bool) 
             raise BadInput(f"the prompt has {len(ids)} tokens, --max_length less --max_new_tokens leaves it {room}: raise the one or lower the other")
         return {"messages": messages, "prompt": ids, "record": row}
 
-    return [prompt | {"where": f"{data_path}, record {number}"} for number, prompt in good_rows(data_path, read, skip_bad_records, Counter())]
+    return [prompt | {"where": f"{data_path}, record {number}"} for number, prompt in numbered_records(data_path, skip_bad_records, read=read)]
 
 
 def prompt_at(place: int, count: int, shuffle: bool, seed: int) -> int:

@@ -31,7 +31,7 @@ import threading
 import time
 import typing
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -403,8 +403,7 @@ def tokenize_records(data_path: str, chat: Chat, max_length: int, skip_bad_recor
             if not counts["examples"]:
                 why = "".join(f", {count:,} x {note}" for note, count in counts.items() if count and "(dropped)" in note)
                 raise BadInput(f"{data_path} holds nothing to train on: all its records were dropped{why}")
-            about = {"counts": counts, "files": {file.name: file_hash(file) for file in unfinished.glob("*.arrow")}}
-            (unfinished / "counts.json").write_text(json.dumps(about), "utf-8")
+            replace_json(unfinished / "counts.json", {"counts": counts, "files": {file.name: file_hash(file) for file in unfinished.glob("*.arrow")}})
     examples = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
     return examples, Counter(read_json(folder / "counts.json")["counts"])
 
@@ -471,9 +470,7 @@ def hold_out(examples, eval_size: float, seed: int):
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """Examples by block, whole and at most `capacity` tokens together: best-fit decreasing."""
-    capacity = min(capacity, sum(lengths))
-    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # the open blocks
-    rooms, blocks = [], []  # rooms that some open block has, sorted
+    by_room, rooms, blocks = defaultdict(list), [], []  # the open blocks by the room they have left, sorted rooms, all blocks
     for e in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
         place = bisect.bisect_left(rooms, lengths[e])  # the tightest fit
         if place == len(rooms):
@@ -510,42 +507,29 @@ LATIN_MOJIBAKE = re.compile("(?:[ä-é][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–-›
 UTF8_CHINESE = re.compile(rb"(?:[\xe3-\xe9][\x80-\xbf]{2}|\xef[\xbc-\xbf][\x80-\xbf])+")
 
 
-def read_records(path: str, *, skip_bad_records: bool = False, unescape_newlines: bool = False, notes: Counter | None = None):
-    """Yield {"messages": [{"role", "content"}, ...]} for every record of a JSON, JSONL, CSV or Parquet file; see numbered_records."""
-    return (record for _, record in numbered_records(path, skip_bad_records, unescape_newlines, notes))
-
-
 def numbered_records(path: str, skip_bad_records: bool = False, unescape_newlines: bool = False, notes: Counter | None = None,
-                     document_separator: str | None = None, preference: bool = False):
-    """Yield (number of the record in the file, from 0; {"messages": [{"role", "content"}, ...]}).
+                     document_separator: str | None = None, preference: bool = False, read: Callable | None = None):
+    """Yield (number of the record in the file, from 0; {"messages": [{"role", "content"}, ...]}) of a JSON, JSONL, CSV or Parquet file.
 
     The schema is told from the keys of each record (sample/README.md shows them all). The user turn of an alpaca record
     with an `input` holds "instruction\\ninput", and the input once more as "input", for templates that set it apart.
     Bad records are dropped, with a word on how many and why, or BadInput names the first. `notes` counts what is odd but can be trained on
     (joined turns, unknown columns, ...). A document_separator says that these are documents for pretraining, parted in a .txt file by line or
-    by blank_line; with `preference` they are those of preference_record.
+    by blank_line; with `preference` they are those of preference_record; another `read` makes of a row what it likes, or raises BadInput.
     """
-    notes = Counter() if notes is None else notes
-
-    def read(row) -> dict:
-        if preference:
-            return preference_record(row, unescape_newlines, notes)
-        messages = clean_messages((document_turns if document_separator else row_turns)(row, notes), unescape_newlines, notes)
-        while messages and messages[-1]["role"] != "assistant":
-            notes[f"trailing {messages.pop()['role']} turn (dropped)"] += 1
-        if not messages:
-            raise BadInput("it has no answer to train on")
-        return {"messages": messages}
-
-    return good_rows(path, read, skip_bad_records, notes, document_separator)
-
-
-def good_rows(path: str, read: Callable, skip_bad_records: bool, notes: Counter, document_separator: str | None = None):
-    """Yield (number of the row, from 0; read(row)). Where that is BadInput, the row is dropped, with a word on how many and why, or BadInput names it."""
-    bad, number = [], -1
+    notes, bad, number = Counter() if notes is None else notes, [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
         try:
-            yield number, read(row)
+            if read or preference:
+                yield number, read(row) if read else preference_record(row, unescape_newlines, notes)
+                continue
+            turns = (document_turns if document_separator else row_turns)(row, notes)
+            messages = clean_messages(turns, unescape_newlines, notes)
+            while messages and messages[-1]["role"] != "assistant":
+                notes[f"trailing {messages.pop()['role']} turn (dropped)"] += 1
+            if not messages:
+                raise BadInput("it has no answer to train on")
+            yield number, {"messages": messages}
         except BadInput as problem:
             bad.append(f"{path}, record {number}: {problem}")
             notes["bad record (dropped)"] += 1
@@ -559,8 +543,6 @@ def good_rows(path: str, read: Callable, skip_bad_records: bool, notes: Counter,
 
 def read_rows(path: str, notes: Counter, document_separator: str | None = None):
     """Yield the rows of a file as dictionaries, before anything is known of their schema."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path} " + ("is a folder, a file is wanted" if os.path.isdir(path) else "does not exist"))
     ending = Path(path).suffix.lower()
     if ending == ".parquet":
         import pyarrow.parquet
@@ -888,13 +870,20 @@ def read_json(path) -> dict:
     return found
 
 
-def check_adapter(lora_path: str | None) -> None:
-    """BadInput if a folder is given that is no adapter, or whose JSON files hold no objects."""
-    if lora_path and not Path(lora_path, "adapter_config.json").is_file():
-        raise BadInput(f"--lora_path={lora_path} " + ("is no adapter: it has no adapter_config.json" if os.path.isdir(lora_path) else "does not exist"))
-    for name in ("adapter_config.json", "yangtuo.json", "tokenizer_config.json", "generation_config.json"):
-        if lora_path and Path(lora_path, name).is_file():
-            read_json(Path(lora_path, name))
+def check_adapter(lora_path: str) -> None:
+    """BadInput, without torch and before the base is read, if a folder is no adapter, or a file of it is cut off or a pointer of Git LFS."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(lora_path)
+    if not (folder / "adapter_config.json").is_file():
+        raise BadInput(f"--lora_path={lora_path} " + ("is no adapter: it has no adapter_config.json" if folder.is_dir() else "does not exist"))
+    for name in {"adapter_config.json", "yangtuo.json", "tokenizer_config.json", "generation_config.json"} & set(os.listdir(folder)):
+        read_json(folder / name)
+    try:
+        with contextlib.suppress(FileNotFoundError):  # it may be a pickle: load_adapter's matter
+            safe_open(folder / "adapter_model.safetensors", "np")  # compares its size with what its header says
+    except (OSError, SafetensorError) as problem:
+        raise BadInput(f"{folder}: adapter_model.safetensors is cut off, damaged or a pointer of Git LFS, copy it again ({problem})") from None
 
 
 def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: bool = False) -> None:
@@ -1133,10 +1122,9 @@ def draw_curves(history: list[dict], panels: dict[str, list[str]], file: Path) -
     import pandas
     from matplotlib.figure import Figure
 
-    logged, figure = pandas.DataFrame(history).filter(["step", *sum(panels.values(), [])]), Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
-    by_step = logged.apply(pandas.to_numeric, errors="coerce").groupby("step").max()
+    by_step, figure = pandas.DataFrame(history).groupby("step").last(), Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
-        if not (curves := by_step.filter(names)).empty:
+        if not (curves := by_step.filter(names).apply(pandas.to_numeric, errors="coerce")).empty:
             curves.interpolate().plot(ax=axes, marker=".", grid=True, ylabel=label)
     figure.savefig(file, dpi=120)
 
@@ -1189,11 +1177,9 @@ def check_run(flags: dict) -> dict:
     settings |= {"logging_steps": 10, "logging_first_step": True, "save_steps": 200, "save_total_limit": 2, "eval_strategy": "steps" if evaluates else "no",
                  "eval_steps": given.get("save_steps", 200), "per_device_eval_batch_size": flags["per_device_train_batch_size"],
                  "ddp_find_unused_parameters": False, "remove_unused_columns": False, "logging_nan_inf_filter": False,
-                 "train_sampling_strategy": "random" if flags["shuffle"] else "sequential"}
+                 "activation_checkpointing": flags["gradient_checkpointing"], "train_sampling_strategy": "random" if flags["shuffle"] else "sequential"}
     if flags["early_stopping_patience"]:
         settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
-    if flags["gradient_checkpointing"]:
-        settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     return settings | given | {"report_to": trackers}
 
 

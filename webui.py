@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from generate import check_flags, check_text, fit, load_adapter, load_base, load_chat, stream
-from utils import BadInput, cli, read_records
+from utils import BadInput, cli, numbered_records
 
 BASE = "底座 base"
 SLIDERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
@@ -211,7 +211,7 @@ def record(shown: list[dict], system: str) -> str:
 
 def read_conversation(path: str) -> tuple[list[dict], str]:
     """(what the page shows, system text) of the first record in a file."""
-    messages = next(read_records(path))["messages"]
+    messages = next(numbered_records(path))[1]["messages"]
     if any(message["role"] == "tool" for message in messages):
         raise BadInput("the record has tool results, which this page cannot show")
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""

@@ -272,10 +272,10 @@ def resumed(row: Row, flags: dict) -> float:
 # ---- data and models ----
 def make_data(output: Path) -> None:
     """Records enough for each row, put together from sample/."""
-    from utils import read_records
+    from utils import numbered_records
 
     draw = random.Random(0)
-    talks = [record["messages"] for file in ("instruction.json", "conversation.json", "company.json") for record in read_records(str(ROOT / "sample" / file))]
+    talks = [record["messages"] for file in ("instruction.json", "conversation.json", "company.json") for _, record in numbered_records(str(ROOT / "sample" / file))]
     dialogues = [{"messages": draw.choice(talks)} for _ in range(6000)]
     made = {"dialogues.jsonl": [json.dumps(record, ensure_ascii=False) for record in dialogues],
             "documents.txt": [" ".join(m["content"] for m in record["messages"]).replace("\n", " ") for record in dialogues]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_model
-from test_records import write
+from test_records import read_records, write
 from test_stages import DATA, QUICK, same, tune, weights  # noqa: F401 (tune is a fixture)
 
 import apply_delta
@@ -18,7 +18,7 @@ import inspect_labels
 import merge_lora
 import utils
 from quantize_gptq import begin_or_go_on
-from utils import TEMPLATES, BadInput, Chat, RunStopped, check_model, check_numbers, convert_flags, fingerprint, make_blocks, pack, read_records, resume_point, tokenize_records, write_facts
+from utils import TEMPLATES, BadInput, Chat, RunStopped, check_model, check_numbers, convert_flags, fingerprint, make_blocks, pack, resume_point, tokenize_records, write_facts
 
 
 # ---- what a run goes on from ----

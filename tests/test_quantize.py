@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Ll
 
 import generate
 import quantize_gptq as gptq
-from utils import BadInput, cut_dialogue, read_records
+from utils import BadInput, cut_dialogue, numbered_records
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
 CONVERSATIONS = str(ROOT / "sample" / "conversation.json")
@@ -121,7 +121,7 @@ def test_the_folder_holds_the_format_and_the_model_that_was_evaluated(base, tmp_
     model, chat = generate.load_model(str(tmp_path / "q"))
     assert not hasattr(model.config, "quantization_config")
     total = count = 0
-    for record in read_records(CONVERSATIONS):  # the evaluation's perplexity, from the folder, one dialogue at a time
+    for _, record in numbered_records(CONVERSATIONS):  # the evaluation's perplexity, from the folder, one dialogue at a time
         for ids, trained in cut_dialogue(chat, record["messages"], 512, Counter()):
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, :-1]

@@ -6,9 +6,13 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from utils import BadInput, clean_text, numbered_records, read_records
+from utils import BadInput, clean_text, numbered_records
 
 DIALOGUE = [("user", "你好"), ("assistant", "你好！"), ("user", "再见"), ("assistant", "再见！")]
+
+
+def read_records(path, **how):
+    return (record for _, record in numbered_records(path, **how))
 
 
 def turns(record):

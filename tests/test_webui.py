@@ -12,7 +12,7 @@ from conftest import ROOT
 import finetune_lora
 import generate
 import webui
-from utils import BadInput, read_records
+from utils import BadInput, numbered_records
 
 DATA = str(ROOT / "sample" / "conversation.json")
 GREEDY = dict(max_new_tokens=80, temperature=0, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -122,7 +122,7 @@ class Tab:
         with self.page.expect_download() as download:
             self.button("保存 Save").click()
         download.value.save_as(path)
-        return next(read_records(str(path)))["messages"]
+        return next(numbered_records(str(path)))[1]["messages"]
 
 
 @pytest.fixture
