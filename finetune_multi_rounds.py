@@ -384,7 +384,7 @@ def make_arguments(settings: dict, precision: str):
         if "deepspeed" in settings:
             importlib.import_module("deepspeed").init_distributed("gloo", auto_mpi_discovery=False)
     try:
-        return TrainingArguments(**settings, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not cuda, dataloader_pin_memory=cuda), precision
+        return TrainingArguments(**settings, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not cuda), precision
     except ValueError as problem:
         raise BadInput(f"transformers refuses these flags: {' '.join(str(problem).split())[:300]}") from None
 

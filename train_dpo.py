@@ -183,7 +183,7 @@ def main(
         without_adapter = model.disable_adapter if compares else None
     elif compares:
         reference = reference_log_probs(model, args, collator, examples, blocks + eval_blocks, dtypes[precision])
-        collator = partial(collate_pairs, examples=examples, padded=not attention, reference=reference)
+        collator = partial(collator, reference=reference)
     core.forward = MethodType(partial(preference_forward, loss=partial(
         preference_loss, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight, simpo_gamma=simpo_gamma),
         without_adapter=without_adapter), core)
@@ -522,7 +522,7 @@ def make_arguments(settings: dict, precision: str):
         if "deepspeed" in settings:
             importlib.import_module("deepspeed").init_distributed("gloo", auto_mpi_discovery=False)
     try:
-        return TrainingArguments(**settings, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not cuda, dataloader_pin_memory=cuda), precision
+        return TrainingArguments(**settings, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not cuda), precision
     except ValueError as problem:
         raise BadInput(f"transformers refuses these flags: {' '.join(str(problem).split())[:300]}") from None
 
