@@ -315,8 +315,6 @@ def check_ppo(flags: dict) -> dict:
                        "out. A base that is too large for one GPU may fit in 4 bit (--bits 4); beyond that, README shows OpenRLHF and verl")
     check_file("data_path", flags["data_path"])
     folder, judge = Path(flags["model_name_or_path"]), Path(flags["reward_model"] or "")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise BadInput(f"--model_name_or_path={folder} is an adapter: merge it into its base first (merge_lora.py), so that the KL is taken to both")
     check_model(str(folder), flags["allow_pickle"])
     if (folder / "config.json").is_file() and "Classification" in str(read_json(folder / "config.json").get("architectures")):
         raise BadInput(f"--model_name_or_path={folder} is a reward model, which writes no answers: give the chat model that is to learn")

@@ -470,7 +470,8 @@ def hold_out(examples, eval_size: float, seed: int):
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """Examples by block, whole and at most `capacity` tokens together: best-fit decreasing."""
-    by_room, rooms, blocks = defaultdict(list), [], []  # the open blocks by the room they have left, sorted rooms, all blocks
+    by_room = defaultdict(list)  # the open blocks
+    rooms, blocks = [], []  # rooms that some open block has, sorted
     for e in sorted(range(len(lengths)), key=lambda e: -lengths[e]):
         place = bisect.bisect_left(rooms, lengths[e])  # the tightest fit
         if place == len(rooms):
@@ -902,7 +903,8 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
     for file in {"config.json", "tokenizer_config.json", "generation_config.json", "yangtuo.json", "quantize_config.json"} & names:
         read_json(folder / file)
     for wrong, what in (
-            ("config.json" not in names and "adapter_config.json" in names, f"is a LoRA adapter: give its base as the model and this as --lora_path ({held})"),
+            ("config.json" not in names and "adapter_config.json" in names,
+             f"is a LoRA adapter: give its base as the model and this as --lora_path, or merge the two first with merge_lora.py ({held})"),
             ("config.json" not in names, f"has no config.json, so it is no model ({held})"),
             ("delta.json" in names, "is a delta, which only babbles by itself: make the model of it with apply_delta.py"),
             ("quantize_config.json" in names and not quantized,
@@ -947,12 +949,11 @@ def lock_folder(output_dir: str) -> None:
     if (name := str(Path(output_dir).resolve())) in _LOCKS:  # a notebook runs the next cell in the same process
         os.close(_LOCKS.pop(name))
     lock = _LOCKS[name] = os.open(Path(output_dir, "run.lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends, however it does
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder") from None
-    except OSError:
-        pass  # a file system without locks
+    with contextlib.suppress(OSError):  # of a file system without locks
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"--output_dir={output_dir} is in use by another run: wait for its end, or give another folder") from None
 
 
 def write_facts(output_dir: str, facts: dict) -> None:

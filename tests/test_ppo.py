@@ -326,7 +326,7 @@ def test_runs_that_make_no_sense_stop_with_a_sentence(ppo):
     (dict(temperature=0), "--temperature=0 must be above zero"), (dict(max_new_tokens=256), "leaves no room for a prompt"),
     (dict(deepspeed="ds_configs/zero3.json"), "ZeRO-3 would gather every layer"), (dict(max_length=120, max_new_tokens=60), "the prompt has \\d+ tokens"),
     (dict(template="chatml"), "never learned"), (dict(max_length=4096), "more than the model's context of 2048"), (dict(gamma=1.5), "from 0 to 1"),
-    (dict(reward_model="base"), "gives no rewards"), (dict(rules="RULES:broken=1"), "the rule broken gives nan"), (dict(model_name_or_path="adapter"), "merge it into its base first"),
+    (dict(reward_model="base"), "gives no rewards"), (dict(rules="RULES:broken=1"), "the rule broken gives nan"), (dict(model_name_or_path="adapter"), "is a LoRA adapter: .*merge_lora.py"),
     (dict(data_path="answers"), "record 0: it ends in an answer"), (dict(rollout_batch_size=0), "must be above zero"),
     (dict(lora_target_modules="q_proj,k_prj"), "no linear layer 'k_prj'")], ids=str)
 def test_bad_input_is_named(ppo, folder, files, tmp_path, flags, said):
