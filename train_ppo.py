@@ -69,7 +69,7 @@ def main(
     num_mini_batches: int = 1,
     per_device_train_batch_size: int = 1,
     learning_rate: float = 1e-4,
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant",
+    lr_scheduler_type: str = "constant",
     max_grad_norm: float = 1.0,
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     gradient_checkpointing: bool = True,
@@ -333,6 +333,8 @@ def check_ppo(flags: dict) -> dict:
         raise BadInput("nothing judges the answers: give --rules, such as sample/rules.py:finished=1,chinese=1, or --reward_model, or both")
     if flags["num_generations"] < 2 and flags["advantage"] != "gae":
         raise BadInput(f"--num_generations={flags['num_generations']}: {flags['advantage']} compares answers to one prompt, give 2 or more, or --advantage gae")
+    if flags["lr_scheduler_type"] not in ("constant", "linear", "cosine"):
+        raise BadInput(f"--lr_scheduler_type={flags['lr_scheduler_type']} is not one of constant, linear, cosine")
     if flags["max_new_tokens"] >= flags["max_length"]:
         raise BadInput(f"--max_new_tokens={flags['max_new_tokens']} leaves no room for a prompt in --max_length={flags['max_length']}")
     judges = load_rules(flags["rules"]) if flags["rules"] else {}

@@ -323,7 +323,7 @@ def test_runs_that_make_no_sense_stop_with_a_sentence(ppo):
 
 @pytest.mark.parametrize("flags, said", [
     (dict(advantage="grpo", num_generations=1), "compares answers to one prompt"), (dict(rules=None), "nothing judges the answers"),
-    (dict(temperature=0), "--temperature=0 must be above zero"), (dict(max_new_tokens=256), "leaves no room for a prompt"),
+    (dict(temperature=0), "--temperature=0 must be above zero"), (dict(lr_scheduler_type="polynomial"), "is not one of constant, linear, cosine"), (dict(max_new_tokens=256), "leaves no room for a prompt"),
     (dict(deepspeed="ds_configs/zero3.json"), "ZeRO-3 would gather every layer"), (dict(max_length=120, max_new_tokens=60), "the prompt has \\d+ tokens"),
     (dict(template="chatml"), "never learned"), (dict(max_length=4096), "more than the model's context of 2048"), (dict(gamma=1.5), "from 0 to 1"),
     (dict(reward_model="base"), "gives no rewards"), (dict(rules="RULES:broken=1"), "the rule broken gives nan"), (dict(model_name_or_path="adapter"), "is a LoRA adapter: .*merge_lora.py"),
