@@ -234,7 +234,7 @@ def holds_text(path: str) -> bool:
         return True
     row = next(iter(read_rows(path, Counter())), None)
     for turns_of in (row_turns, document_turns):  # an instruction may have a column `text` besides
-        with contextlib.suppress(BadInput):
+        with contextlib.suppress(BadInput, AttributeError):  # of another kind, or no object
             turns_of(row, Counter())
             return turns_of is document_turns
     return False  # neither: reading it says what is wrong

@@ -186,7 +186,7 @@ def read_items(path: str, skip_bad_records: bool, answered: bool) -> list[dict]:
 
 def item_of(row: dict) -> dict:
     """What read_items makes of a row."""
-    if isinstance(row, dict) and {"chosen", "response_chosen"} & row.keys():
+    if {"chosen", "response_chosen"} & row.keys():
         record = preference_record(row, False, Counter())
         return {"kind": "preference", "messages": record["messages"], "answers": [record["chosen"], record["rejected"]], "finished": [True, True]}
     messages = prompt_messages(row)

@@ -346,7 +346,7 @@ def read_prompts(data_path: str, chat: Chat, room: int, skip_bad_records: bool) 
     """The records of a file, each of which ends in a question, as {"messages", "prompt": at most `room` token ids, "record": the row, "where"}."""
     def read(row) -> dict:
         record = row
-        if isinstance(row, dict) and "prompt" in row and not {"messages", "output"} & row.keys():  # {"prompt": text}, or messages, as verl has them
+        if "prompt" in row and not {"messages", "output"} & row.keys():  # {"prompt": text}, or messages, as verl has them
             name = "instruction" if isinstance(row["prompt"], str) else "messages"
             record = {name: row["prompt"]} | ({"system": row["system"]} if "system" in row else {})
         messages = clean_messages(row_turns(record, Counter()), False, Counter())

@@ -521,6 +521,8 @@ def numbered_records(path: str, skip_bad_records: bool = False, unescape_newline
     notes, bad, number = Counter() if notes is None else notes, [], -1
     for number, row in enumerate(read_rows(path, notes, document_separator)):
         try:
+            if not isinstance(row, dict):
+                raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
             if read or preference:
                 yield number, read(row) if read else preference_record(row, unescape_newlines, notes)
                 continue
@@ -608,8 +610,6 @@ def document_files(path: str) -> list[str]:
 
 def document_turns(row: dict, notes: Counter) -> list[tuple]:
     """The turns of one document: its context, where it has one, as the user's, its text as the answer to train."""
-    if not isinstance(row, dict):
-        raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
     text = next((name for name in ("text", "completion", "content") if row.get(name) is not None), None)
     if text is None:
         raise BadInput(f"no document: it needs 'text', or 'context' and 'completion' (it has {', '.join(map(str, row))})")
@@ -664,8 +664,6 @@ def row_turns(row: dict, notes: Counter) -> list[tuple]:
 
 def preference_record(row: dict, unescape_newlines: bool, notes: Counter) -> dict:
     """{"messages": up to the question, "chosen": the better answer, "rejected": the worse} of a row of any preference format."""
-    if not isinstance(row, dict):
-        raise BadInput(f"a {type(row).__name__} where an object {{...}} belongs")
     names, answers = [("chosen", "rejected"), ("response_chosen", "response_rejected")]["response_chosen" in row], {}
     asked = {key: value for key, value in row.items() if key not in names}
     for name, answer in zip(("chosen", "rejected"), names):
