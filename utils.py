@@ -464,7 +464,7 @@ def hold_out(examples, eval_size: float, seed: int):
         raise BadInput(f"--eval_size={eval_size} holds out no record of {len(records)}: give a larger share, or a number")
     if count < 0 or count >= len(records):
         raise BadInput(f"--eval_size={eval_size} leaves nothing to train on: the data has {len(records)} records")
-    held = numpy.isin(of_example, records[sorted(random.Random(seed).sample(range(len(records)), count))])
+    held = numpy.isin(of_example, random.Random(seed).sample(records.tolist(), count))
     return numpy.flatnonzero(~held), numpy.flatnonzero(held)
 
 
