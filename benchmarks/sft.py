@@ -1,9 +1,10 @@
 """Supervised tokens a second and peak memory of one training step, against trl's SFTTrainer with packing.
 
     python benchmarks/sft.py --data_dir ../shared/data      # two CPU threads, about 20 minutes
+    python benchmarks/sft.py --precision fp32               # else in fp32 and, where the CPU has it, in bf16, which `auto` takes there
     python benchmarks/sft.py --profile True                 # where the time of our steps goes, with the cores' own rate in matrix products
 
-Both train the same random LLaMA (12 layers, 512 wide, vocabulary 8,192, fp32), LoRA with r = 8 on all linear layers or
+Both train the same random LLaMA (12 layers, 512 wide, vocabulary 8,192), LoRA with r = 8 on all linear layers or
 all weights, on the same records, once each, with the same optimizer, in processes of their own that take turns. The
 records are the first that fit max_length, so that neither side cuts any. Time is that of the training loop alone.
 """
@@ -20,6 +21,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import add, pairwise
+from estimate_memory import has_bf16
 from utils import Chat, cli, make_blocks, numbered_records, tokenize_records
 
 ROWS = {  # name: file, max_length, records, LoRA or all weights
@@ -40,6 +42,7 @@ def main(
     side: Literal["both", "ours", "theirs"] = "both",
     row: str = "",
     only: str = "",
+    precision: Literal["all", "fp32", "bf16"] = "all",
     profile: bool = False,
 ):
     """Print a table of supervised tokens a second and peak memory, ours and theirs.
@@ -52,29 +55,32 @@ def main(
         side: Which side this process runs; both starts a process for each run.
         row: Which row of the table this process runs.
         only: Part of the names of the rows to run; else all.
+        precision: Arithmetic of both sides; all is fp32, and bf16 where the CPU has it. In bf16 a LoRA run holds the base in 16 bit, all weights are trained in fp32 under autocast.
         profile: Print the share and rate of matrix products in our steps instead.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if side != "both":
-        return print(json.dumps((ours if side == "ours" else theirs)(*prepare(Path(data_dir), row))))
+        return print(json.dumps((ours if side == "ours" else theirs)(*prepare(Path(data_dir), row), precision)))
     if profile:
-        return print_profile(Path(data_dir), [name for name in ROWS if only in name], threads)
+        return print_profile(Path(data_dir), [name for name in ROWS if only in name], threads, "bf16" if precision == "bf16" else "fp32")
+    precisions = ["fp32"] + ["bf16"] * has_bf16() if precision == "all" else [precision]
     print(f"| records, max_length | side | supervised tokens/s | spread | peak memory | real tokens | ours / {peer} |\n|---|---|---|---|---|---|---|")
-    for name in [name for name in ROWS if only in name]:
+    for precision, name in itertools.product(precisions, [name for name in ROWS if only in name]):
         results = {"ours": [], "theirs": []}
         for _ in range(repeats):
             for who in results:
-                command = [sys.executable, __file__, "--side", who, "--row", name, "--data_dir", data_dir, "--threads", str(threads)]
+                command = [sys.executable, __file__, "--side", who, "--row", name, "--data_dir", data_dir, "--threads", str(threads),
+                           "--precision", precision]
                 results[who].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]))
         speed = {who: [run["supervised_tokens"] / run["seconds"] for run in runs] for who, runs in results.items()}
         for who, runs in results.items():
             ratio = statistics.median(pairwise(speed["ours"], speed["theirs"]))
             memory = statistics.median(run["peak_memory_bytes"] for run in runs)
-            print(f"| {name} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
+            print(f"| {name}, {precision} | {who if who == 'ours' else peer} | {statistics.median(speed[who]):.0f} | {min(speed[who]):.0f} to {max(speed[who]):.0f} "
                   f"| {memory / 1e9:.2f} GB | {runs[0]['real']:.1%} | {f'{ratio:.2f}' if who == 'ours' else ''} |", flush=True)
-        add(name, "supervised tokens/s", speed["ours"], peer, speed["theirs"])
+        add(f"{name}, {precision}", "supervised tokens/s", speed["ours"], peer, speed["theirs"])
         mine, other = ([run["peak_memory_bytes"] / 1e9 for run in runs] for runs in results.values())
-        add(name, "peak memory, GB", mine, peer, other)
+        add(f"{name}, {precision}", "peak memory, GB", mine, peer, other)
 
 
 def prepare(data_dir: Path, row: str):
@@ -96,18 +102,24 @@ def prepare(data_dir: Path, row: str):
     return chat, rows, max_length, lora
 
 
-def random_llama(attention: str):
+def random_llama(attention: str, dtype: str = "float32"):
+    """A LLaMA of random weights, the same for both sides."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM._from_config(LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
-        max_position_embeddings=4096), attn_implementation=attention)
+        max_position_embeddings=4096), attn_implementation=attention).to(getattr(torch, dtype))
 
 
 LOOP = dict(num_train_epochs=1, learning_rate=1e-4, lr_scheduler_type="constant", per_device_train_batch_size=1, gradient_accumulation_steps=1,
             save_strategy="no", logging_steps=1000, report_to="none", use_cpu=True, disable_tqdm=True)
+
+
+def base_dtype(lora: bool, precision: str) -> str:
+    """In what the weights are held: frozen ones as they are computed with, trained ones in fp32."""
+    return "bfloat16" if lora and precision == "bf16" else "float32"
 
 
 def peak_memory() -> int:
@@ -122,7 +134,7 @@ def lora_config():
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
 
-def ours(chat, rows, max_length, lora) -> dict:
+def ours(chat, rows, max_length, lora, precision) -> dict:
     import tempfile
     from types import MethodType
 
@@ -146,13 +158,13 @@ def ours(chat, rows, max_length, lora) -> dict:
         examples, _ = tokenize_records(str(path), chat, max_length, document_separator="line" if "text" in rows[0] else None)
         with torch.device("meta"):
             skeleton = random_llama("sdpa")
-        model = random_llama(choose_attention(skeleton, "fp32", max_length))
+        model = random_llama(choose_attention(skeleton, precision, max_length), base_dtype(lora, precision))
         model.forward = MethodType(supervised_forward, model)
         if lora:
             model = get_peft_model(model, lora_config())
             speed_up_lora(model)
         blocks = make_blocks(examples["length"], range(len(examples)), max_length, packing=True, shuffle=True, multiple_of=1)
-        args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, **LOOP)
+        args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, bf16=precision == "bf16", **LOOP)
         trainer = make_trainer(model, args, chat, {}, batches, blocks, [])
         start = time.perf_counter()
         trainer.train()
@@ -161,12 +173,12 @@ def ours(chat, rows, max_length, lora) -> dict:
     return {"supervised_tokens": int(supervised), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": tokens / positions}
 
 
-def print_profile(data_dir: Path, names: list[str], threads: int) -> None:
+def print_profile(data_dir: Path, names: list[str], threads: int, precision: str) -> None:
     """For each row: share of the time in matrix products, attention kernels and the rest, and the rate of the products beside that of large square ones."""
     import torch
 
     torch.set_num_threads(threads)
-    matrix = torch.randn(2048, 2048)
+    matrix = torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     matrix @ matrix
     rates = []
     for _ in range(5):
@@ -176,7 +188,7 @@ def print_profile(data_dir: Path, names: list[str], threads: int) -> None:
     print(f"the cores' own: {statistics.median(rates):.0f} GFLOP/s\n\n| records, max_length | matrix products | attention | the rest | GFLOP/s in products |\n|---|---|---|---|---|")
     for name in names:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
-            ours(*prepare(data_dir, name))
+            ours(*prepare(data_dir, name), precision)
         events = [event for event in seen.key_averages() if event.key.startswith("aten::")]  # the data loader and Trainer are left out
         kinds = {"products": r"aten::(mm|addmm_?|bmm|baddbmm)$", "attention": "flash_attention"}
         spent = {kind: sum(event.self_cpu_time_total for event in events if re.search(pattern, event.key)) for kind, pattern in kinds.items()}
@@ -187,7 +199,7 @@ def print_profile(data_dir: Path, names: list[str], threads: int) -> None:
             print(f"    {event.key} {event.self_cpu_time_total / total:.1%}", file=sys.stderr)
 
 
-def theirs(chat, rows, max_length, lora) -> dict:
+def theirs(chat, rows, max_length, lora, precision) -> dict:
     import tempfile
 
     from datasets import Dataset
@@ -204,9 +216,10 @@ def theirs(chat, rows, max_length, lora) -> dict:
             return super().training_step(model, inputs, *rest, **more)
 
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(folder, packing=True, max_length=max_length, assistant_only_loss="messages" in rows[0], gradient_checkpointing=False, bf16=False, **LOOP)
+        args = SFTConfig(folder, packing=True, max_length=max_length, assistant_only_loss="messages" in rows[0], gradient_checkpointing=False,
+                         bf16=precision == "bf16", **LOOP)
         dataset = Dataset.from_list(rows)
-        trainer = Counting(random_llama("sdpa"), args, train_dataset=dataset, processing_class=chat.tokenizer,
+        trainer = Counting(random_llama("sdpa", base_dtype(lora, precision)), args, train_dataset=dataset, processing_class=chat.tokenizer,
                            peft_config=lora_config() if lora else None)
         start = time.perf_counter()
         trainer.train()
