@@ -202,8 +202,10 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
         # No fused kernel has grouped heads on GPUs before Ampere, nor in fp32: torch would fall back to one that holds all T x T scores
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
-    documents = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
-    return torch.cat([attend(*document) for document in documents], dim=2).transpose(1, 2), None
+    dtype = torch.float32 if query.device.type == "cpu" else query.dtype  # torch's kernel for CPUs takes twice the time in bf16
+    documents = zip(*(states.to(dtype).split(document_lengths, dim=2) for states in (query, key, value)))
+    with torch.autocast("cpu", enabled=False):
+        return torch.cat([attend(*document).transpose(1, 2) for document in documents], dim=1).to(value.dtype), None
 
 
 def choose_attention(skeleton, precision: str, max_length: int) -> str | None:
