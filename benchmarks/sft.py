@@ -8,6 +8,7 @@ Both train the same random LLaMA (12 layers, 512 wide, vocabulary 8,192), LoRA w
 all weights, on the same records, once each, with the same optimizer, in processes of their own that take turns. The
 records are the first that fit max_length, so that neither side cuts any. Time is that of the training loop alone.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -134,7 +135,7 @@ def lora_config():
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
 
-def ours(chat, rows, max_length, lora, precision) -> dict:
+def ours(chat, rows, max_length, lora, precision, around=contextlib.nullcontext()) -> dict:
     import tempfile
     from types import MethodType
 
@@ -167,7 +168,8 @@ def ours(chat, rows, max_length, lora, precision) -> dict:
         args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, bf16=precision == "bf16", **LOOP)
         trainer = make_trainer(model, args, chat, {}, batches, blocks, [])
         start = time.perf_counter()
-        trainer.train()
+        with around:
+            trainer.train()
         seconds = time.perf_counter() - start
     tokens, supervised, *_ = trainer.seen
     return {"supervised_tokens": int(supervised), "seconds": seconds, "peak_memory_bytes": peak_memory(), "real": tokens / positions}
@@ -187,8 +189,8 @@ def print_profile(data_dir: Path, names: list[str], threads: int, precision: str
         rates.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
     print(f"the cores' own: {statistics.median(rates):.0f} GFLOP/s\n\n| records, max_length | matrix products | attention | the rest | GFLOP/s in products |\n|---|---|---|---|---|")
     for name in names:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
-            ours(*prepare(data_dir, name), precision)
+        seen = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True)
+        ours(*prepare(data_dir, name), precision, around=seen)
         events = [event for event in seen.key_averages() if event.key.startswith("aten::")]  # the data loader and Trainer are left out
         kinds = {"products": r"aten::(mm|addmm_?|bmm|baddbmm)$", "attention": "flash_attention"}
         spent = {kind: sum(event.self_cpu_time_total for event in events if re.search(pattern, event.key)) for kind, pattern in kinds.items()}
