@@ -135,7 +135,7 @@ def lora_config():
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
 
-def ours(chat, rows, max_length, lora, precision, around=contextlib.nullcontext()) -> dict:
+def ours(chat, rows, max_length, lora, precision, around=None) -> dict:
     import tempfile
     from types import MethodType
 
@@ -168,7 +168,7 @@ def ours(chat, rows, max_length, lora, precision, around=contextlib.nullcontext(
         args = TrainingArguments(folder, remove_unused_columns=False, logging_nan_inf_filter=False, bf16=precision == "bf16", **LOOP)
         trainer = make_trainer(model, args, chat, {}, batches, blocks, [])
         start = time.perf_counter()
-        with around:
+        with around or contextlib.nullcontext():
             trainer.train()
         seconds = time.perf_counter() - start
     tokens, supervised, *_ = trainer.seen
