@@ -1,6 +1,6 @@
 """Cleaning and near de-duplication against datatrove and datasketch, which pairs each of them finds, and the memory by size.
 
-    python -m venv peer && peer/bin/pip install "datatrove==0.10.1" "xxhash<4" "datasketch==2.0.0" regex orjson
+    python -m venv peer && peer/bin/pip install "datatrove==0.10.1" "xxhash<4" "datasketch==2.0.0" tokenizers regex orjson
     python benchmarks/corpus.py --peer peer/bin/python --data_dir ../shared/data                       # about 10 minutes on two CPU threads
     python benchmarks/corpus.py --peer peer/bin/python --data_dir ../shared/data --sizes 250,500,1000  # and the memory, 15 minutes and 4 GB of disk more
     python benchmarks/corpus.py --data_dir ../shared/data --pretrain True                              # does cleaning pay? a quarter of an hour on two

@@ -24,7 +24,7 @@ for name in $ONLY; do
     preferences) more=(--data_dir "$DATA_DIR" --model_name_or_path "$(python scripts/default_model.py)" --output_dir "$OUT/preferences") ;;
     corpus)  # datatrove wants another xxhash than ours
       python -m venv "$OUT/corpus-peer"
-      "$OUT/corpus-peer/bin/pip" install --quiet datatrove==0.10.1 "xxhash<4" datasketch==2.0.0 regex orjson
+      "$OUT/corpus-peer/bin/pip" install --quiet datatrove==0.10.1 "xxhash<4" datasketch==2.0.0 tokenizers regex orjson
       more=(--peer "$OUT/corpus-peer/bin/python" --data_dir "$DATA_DIR" --repeats "$REPEATS") ;;
     vocab) more=(--data_dir "$DATA_DIR" --threads "$THREADS") ;;
     memory) more=(--threads "$THREADS") ;;
