@@ -635,6 +635,8 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
     if checkpoint:
         read = lambda name: torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
         log, state = read_json(Path(checkpoint, "trainer_state.json"))["log_history"], read("optimizer.pt") | {"schedule": read("scheduler.pt")}
+        if not all({"step", "kl", "kl_error", "answers", "finished", "loss"} <= {*entry} for entry in log):
+            raise BadInput(f"the log_history in {checkpoint}/trainer_state.json is damaged: remove that checkpoint, and the run goes on from the one before")
         for p, saved in zip(trained, state.pop("trained")):
             p.data.copy_(saved)
         for name, saved in state.items():

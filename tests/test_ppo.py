@@ -295,6 +295,10 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(ppo, tmp_path, monkeypatch, adva
     assert [entry | {"seconds": 0} for entry in log] == [entry | {"seconds": 0} for entry in whole]
     with pytest.raises(BadInput, match="was begun with kl_coef"):
         ppo(out="cut", resume=True, **flags | {"kl_coef": 0.5})
+    for checkpoint in (tmp_path / "cut").glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").write_text((checkpoint / "trainer_state.json").read_text().replace('"kl":', '"lk":'))
+    with pytest.raises(BadInput, match="damaged"):
+        ppo(out="cut", resume=True, **flags)
 
 
 def test_the_result_is_an_adapter_that_generate_takes(ppo, folder, tmp_path, capsys):
