@@ -19,7 +19,8 @@ mkdir -p "$OUT"
 for name in $ONLY; do
   more=()
   case $name in
-    sft | dpo) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS" --threads "$THREADS") ;;
+    sft) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS" --threads "$THREADS") ;;
+    dpo) more=(--data_dir "$DATA_DIR" --repeats "$REPEATS" --threads "$THREADS" --pairs 30) ;;
     ppo | vocabulary_step) more=(--data_dir "$DATA_DIR" --work_dir "$OUT/$name") ;;
     preferences) more=(--data_dir "$DATA_DIR" --model_name_or_path "$(python scripts/default_model.py)" --output_dir "$OUT/preferences") ;;
     corpus)  # datatrove wants another xxhash than ours
