@@ -153,14 +153,15 @@ def cut(tokenizer, text: str, count: int, length: int) -> list[list[int]]:
 
 
 def measure(command: list, environment: dict, log: Path) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a process and those it starts."""
-    before = time.monotonic()
+    """(seconds, peak resident bytes) of a process. A small one starts it: Linux counts what the starting one holds at the fork."""
+    starter = ("import os, subprocess, sys; _, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0); "
+               "open(sys.argv[1], 'w').write(str(usage.ru_maxrss)); sys.exit(status != 0)")
+    before, peak = time.monotonic(), log.with_name("peak")
     with open(log, "wb") as stream:
-        process = subprocess.Popen(list(map(str, command)), cwd=log.parent, env=environment, stdout=stream, stderr=stream)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        failed = subprocess.call([sys.executable, "-c", starter, peak, *map(str, command)], cwd=log.parent, env=environment, stdout=stream, stderr=stream)
+    if failed:
         raise BadInput(f"{command[0]} failed:\n{log.read_text('utf-8', 'replace')[-2000:]}")
-    return time.monotonic() - before, usage.ru_maxrss * 1024
+    return time.monotonic() - before, int(peak.read_text()) * 1024
 
 
 def evaluate(model, rows: list[list[int]]) -> float:
