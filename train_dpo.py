@@ -396,10 +396,12 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
         # No fused kernel has grouped heads on GPUs before Ampere, nor in fp32: torch would fall back to one that holds all T x T scores
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
-    dtype = torch.float32 if query.device.type == "cpu" else query.dtype  # torch's kernel for CPUs takes twice the time in bf16
-    documents = zip(*(states.to(dtype).split(document_lengths, dim=2) for states in (query, key, value)))
+    # On a CPU short documents in fp32: torch's kernel takes up to twice the time for them in bf16
+    dtypes = [torch.float32 if query.device.type == "cpu" and length <= 256 else value.dtype for length in document_lengths]
+    documents = zip(dtypes, *(states.split(document_lengths, dim=2) for states in (query, key, value)))
     with torch.autocast("cpu", enabled=False):
-        return torch.cat([attend(*document).transpose(1, 2) for document in documents], dim=1).to(value.dtype), None
+        outputs = [attend(*(states.to(dtype) for states in document)) for dtype, *document in documents]
+    return torch.cat([output.transpose(1, 2).to(value.dtype) for output in outputs], dim=1), None
 
 
 def choose_attention(skeleton, precision: str, max_length: int) -> str | None:

@@ -634,8 +634,9 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
     log = []
     if checkpoint:
         read = lambda name: torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
-        log, state = read_json(Path(checkpoint, "trainer_state.json"))["log_history"], read("optimizer.pt") | {"schedule": read("scheduler.pt")}
-        if not all({"step", "kl", "kl_error", "answers", "finished", "loss"} <= {*entry} for entry in log):
+        saved, state = read_json(Path(checkpoint, "trainer_state.json")), read("optimizer.pt") | {"schedule": read("scheduler.pt")}
+        if not isinstance(log := saved.get("log_history"), list) or len(log) != saved["global_step"] or not all(
+                isinstance(entry, dict) and {"step", "kl", "kl_error", "answers", "finished", "loss"} <= entry.keys() for entry in log):
             raise BadInput(f"the log_history in {checkpoint}/trainer_state.json is damaged: remove that checkpoint, and the run goes on from the one before")
         for p, saved in zip(trained, state.pop("trained")):
             p.data.copy_(saved)
@@ -818,10 +819,12 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
         # No fused kernel has grouped heads on GPUs before Ampere, nor in fp32: torch would fall back to one that holds all T x T scores
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
-    dtype = torch.float32 if query.device.type == "cpu" else query.dtype  # torch's kernel for CPUs takes twice the time in bf16
-    documents = zip(*(states.to(dtype).split(document_lengths, dim=2) for states in (query, key, value)))
+    # On a CPU short documents in fp32: torch's kernel takes up to twice the time for them in bf16
+    dtypes = [torch.float32 if query.device.type == "cpu" and length <= 256 else value.dtype for length in document_lengths]
+    documents = zip(dtypes, *(states.split(document_lengths, dim=2) for states in (query, key, value)))
     with torch.autocast("cpu", enabled=False):
-        return torch.cat([attend(*document).transpose(1, 2) for document in documents], dim=1).to(value.dtype), None
+        outputs = [attend(*(states.to(dtype) for states in document)) for dtype, *document in documents]
+    return torch.cat([output.transpose(1, 2).to(value.dtype) for output in outputs], dim=1), None
 
 
 def choose_attention(skeleton, precision: str, max_length: int) -> str | None:

@@ -902,7 +902,7 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
         read_json(folder / file)
     for wrong, what in (
             ("config.json" not in names and "adapter_config.json" in names,
-             f"is a LoRA adapter: give its base as the model and this as --lora_path, or merge the two first with merge_lora.py ({held})"),
+             f"is a LoRA adapter: to train on, merge it with its base by merge_lora.py; to use it, give the base as the model and this as --lora_path ({held})"),
             ("config.json" not in names, f"has no config.json, so it is no model ({held})"),
             ("delta.json" in names, "is a delta, which only babbles by itself: make the model of it with apply_delta.py"),
             ("quantize_config.json" in names and not quantized,
@@ -987,9 +987,9 @@ def resume_point(output_dir: str, facts: dict) -> str | None:
             known = importlib.import_module("transformers.trainer_callback").TrainerState(**state)
             numbers = [value for name, value in vars(known).items() if isinstance(getattr(type(known), name, None), int)]  # by their defaults
             if all(isinstance(n, int | float) for n in numbers) and known.global_step and all(file.is_file() and file.stat().st_size for file in needed):
-                if known.best_model_checkpoint and os.environ.get("RANK", "0") == "0":  # the folder may have another name since
-                    best = Path(output_dir, Path(known.best_model_checkpoint).name)
-                    replace_json(folder / "trainer_state.json", state | {"best_model_checkpoint": str(best)})
+                best = str(Path(output_dir, Path(known.best_model_checkpoint or "").name))  # the folder may have another name since
+                if known.best_model_checkpoint not in (None, best) and os.environ.get("RANK", "0") == "0":
+                    replace_json(folder / "trainer_state.json", state | {"best_model_checkpoint": best})
                 return str(folder)
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} is not whole: looking for the checkpoint before it", file=sys.stderr)
@@ -1166,7 +1166,8 @@ def check_run(flags: dict) -> dict:
     for name in ("deepspeed", "fsdp"):
         if given.get(name) and "LOCAL_RANK" not in os.environ:
             raise BadInput(f"--{name} needs torchrun: use the wrapper in scripts/, or put torchrun --nproc_per_node 1 in front of the script")
-    if "deepspeed" in given:
+    if given.get("deepspeed"):
+        check_file("deepspeed", given["deepspeed"])
         for section in {"optimizer", "scheduler"} & read_json(given["deepspeed"]).keys():
             raise BadInput(f"--deepspeed={given['deepspeed']} has a section {section!r}, which would overrule the flags (--learning_rate, --optim, "
                            f"--lr_scheduler_type, --warmup_steps): remove it, the flags say it all")

@@ -33,6 +33,7 @@ score() { python score_records.py "$@"; }
 tune() { python finetune_lora.py --max_length 256 --gradient_accumulation_steps 1 --lora_r 16 --lora_alpha 32 --lora_dropout 0 \
   --gradient_checkpointing False --resume "$(again "$OUT/$1")" --output_dir "$OUT/$1" "${@:2}"; }
 
+[[ -s $PROMPTS ]] || { echo "error: PROMPTS=$PROMPTS does not exist or is empty: name a file of prompts" >&2; exit 2; }
 echo "1. prompts to learn from, and prompts to be measured on" >&2
 [[ -s $OUT/held_out.jsonl ]] || python - "$PROMPTS" "$OUT" "$HELD_OUT" << 'SPLIT'
 import json, sys
