@@ -902,7 +902,7 @@ def check_model(model_name_or_path: str, allow_pickle: bool = False, quantized: 
         read_json(folder / file)
     for wrong, what in (
             ("config.json" not in names and "adapter_config.json" in names,
-             f"is a LoRA adapter: to train on, merge it with its base by merge_lora.py; to use it, give the base as the model and this as --lora_path ({held})"),
+             f"is a LoRA adapter: merge it with its base by merge_lora.py to train on, or give its base as the model and this as --lora_path ({held})"),
             ("config.json" not in names, f"has no config.json, so it is no model ({held})"),
             ("delta.json" in names, "is a delta, which only babbles by itself: make the model of it with apply_delta.py"),
             ("quantize_config.json" in names and not quantized,
