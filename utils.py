@@ -1177,7 +1177,8 @@ def check_run(flags: dict) -> dict:
     settings |= {"logging_steps": 10, "logging_first_step": True, "save_steps": 200, "save_total_limit": 2, "eval_strategy": "steps" if evaluates else "no",
                  "eval_steps": given.get("save_steps", 200), "per_device_eval_batch_size": flags["per_device_train_batch_size"],
                  "ddp_find_unused_parameters": False, "remove_unused_columns": False, "logging_nan_inf_filter": False,
-                 "activation_checkpointing": flags["gradient_checkpointing"], "train_sampling_strategy": "random" if flags["shuffle"] else "sequential"}
+                 "activation_checkpointing": flags["gradient_checkpointing"], "train_sampling_strategy": "random" if flags["shuffle"] else "sequential",
+                 "activation_checkpointing_kwargs": {"use_reentrant": False} if flags["gradient_checkpointing"] else None}  # else LoRA has no gradient
     if flags["early_stopping_patience"]:
         settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
     return settings | given | {"report_to": trackers}

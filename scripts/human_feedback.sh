@@ -33,14 +33,15 @@ score() { python score_records.py "$@"; }
 tune() { python finetune_lora.py --max_length 256 --gradient_accumulation_steps 1 --lora_r 16 --lora_alpha 32 --lora_dropout 0 \
   --gradient_checkpointing False --resume "$(again "$OUT/$1")" --output_dir "$OUT/$1" "${@:2}"; }
 
-[[ -s $PROMPTS ]] || { echo "error: PROMPTS=$PROMPTS does not exist or is empty: name a file of prompts" >&2; exit 2; }
 echo "1. prompts to learn from, and prompts to be measured on" >&2
 [[ -s $OUT/held_out.jsonl ]] || python - "$PROMPTS" "$OUT" "$HELD_OUT" << 'SPLIT'
-import json, sys
+import json, os, sys
 from collections import Counter
 from score_records import GOOD, prompt_messages
 from utils import read_rows
 path, out, held_out = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if not os.path.isfile(path):
+    sys.exit(f"error: PROMPTS={path} does not exist: name a file of prompts")
 rows = list(read_rows(path, Counter()))
 if not 0 < held_out < len(rows):
     sys.exit(f"error: HELD_OUT={held_out} must be from 1 to {len(rows) - 1}")
