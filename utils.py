@@ -752,6 +752,8 @@ def cli(main) -> None:
         if given[0]:
             raise BadInput(f"{given[0][0]!r} belongs to no flag: write --name value, with quotes around text that has blanks")
         main(**convert_flags(main, given[1]))
+        if "LOCAL_RANK" in os.environ and (group := importlib.import_module("torch.distributed")).is_initialized():
+            group.destroy_process_group()  # a thread of gloo that is left at the end may abort the process, whose work is done
     except (BadInput, RunStopped) as problem:
         if isinstance(problem, RunStopped) or os.environ.get("LOCAL_RANK", "0") == "0":  # bad input is found by every rank of a machine: say it once
             print(f"error: {problem}", file=sys.stderr)

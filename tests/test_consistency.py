@@ -100,7 +100,7 @@ def test_a_block_is_the_same_text_wherever_it_stands(a, b):
 
 def test_utils_and_the_training_scripts_stay_as_long_as_a_reader_can_stand():
     lines = {name: len(SOURCES[name].splitlines()) for name in ["utils.py", *SCRIPTS]}
-    assert lines["utils.py"] <= 1217 and not re.search(r"from_pretrained|import .*Trainer|\(Trainer", SOURCES["utils.py"])
+    assert lines["utils.py"] <= 1219 and not re.search(r"from_pretrained|import .*Trainer|\(Trainer", SOURCES["utils.py"])
     longest = {"train_ppo.py": 860, "train_reward.py": 498, "train_dpo.py": 593}  # a loop of its own; a loss of pairs; besides the blocks that all have
     assert all(lines[name] <= longest.get(name, 480) for name in TRAINING), lines
 
