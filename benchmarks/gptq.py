@@ -76,7 +76,7 @@ def main(
     if not (novels := sorted(Path(data_dir, "text").glob("*.txt"))):
         raise BadInput(f"--data_dir={data_dir} has no text/*.txt")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-                                "GPTQMODEL_CPU_WORKERS": str(threads)}
+                                "GPTQMODEL_CPU_WORKERS": str(max(2, threads))}  # it starts with no fewer
     model = model_name_or_path or subprocess.run([sys.executable, "scripts/default_model.py"], cwd=ROOT, env=environment, capture_output=True,
                                                  text=True, check=True).stdout.strip()
     import torch

@@ -16,6 +16,7 @@ source scripts/install.sh requirements-test.txt
 python -m pip install --quiet trl==1.16.0 datasets==5.2.0
 export OMP_WAIT_POLICY=passive
 mkdir -p "$OUT"
+failed=()
 for name in $ONLY; do
   more=()
   case $name in
@@ -48,6 +49,7 @@ for name in $ONLY; do
   esac
   echo "$name" >&2
   rm -f "$OUT/$name.jsonl"
-  REPORT=$OUT/$name.jsonl python "benchmarks/$name.py" ${more[@]+"${more[@]}"} | tee "$OUT/$name.md"
+  REPORT=$OUT/$name.jsonl python "benchmarks/$name.py" ${more[@]+"${more[@]}"} | tee "$OUT/$name.md" || failed+=("$name")  # the rest is worth its hours
 done
 python benchmarks/report.py "$OUT"/*.jsonl | tee "$OUT/README.md"
+[[ ${#failed[@]} == 0 ]] || { echo "failed: ${failed[*]}" >&2; exit 1; }
