@@ -634,8 +634,8 @@ def begin_run(output_dir: str, facts: dict, checkpoint: str | None, trained: lis
     log = []
     if checkpoint:
         read = lambda name: torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
-        saved, state = read_json(Path(checkpoint, "trainer_state.json")), read("optimizer.pt") | {"schedule": read("scheduler.pt")}
-        if not isinstance(log := saved.get("log_history"), list) or len(log) != saved["global_step"] or not all(
+        run, state = read_json(Path(checkpoint, "trainer_state.json")), read("optimizer.pt") | {"schedule": read("scheduler.pt")}
+        if not isinstance(log := run.get("log_history"), list) or len(log) != run["global_step"] or not all(
                 isinstance(entry, dict) and {"step", "kl", "kl_error", "answers", "finished", "loss"} <= entry.keys() for entry in log):
             raise BadInput(f"the log_history in {checkpoint}/trainer_state.json is damaged: remove that checkpoint, and the run goes on from the one before")
         for p, saved in zip(trained, state.pop("trained")):

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 DATA_DIR=${DATA_DIR:-../shared/data}   # the data that is measured with
 ONLY=${ONLY:-sft dpo vocab surgery gptq evaluate corpus web export_gguf memory}
 REPEATS=${REPEATS:-3}
-THREADS=${THREADS:-$(($(nproc) < 2 ? 1 : 2))}     # of the CPU; with one the machine can do other work on the rest, as `taskset -c 1 bash …` says
+THREADS=${THREADS:-$(($(nproc) < 2 ? 1 : 2))}     # of the CPU; `taskset -c 1 bash benchmarks/run.sh` leaves the other cores to other work
 OUT=${OUT:-output/benchmarks}          # what each benchmark prints, and its figures; those of earlier runs stay in the table
 # -----------------
 source scripts/install.sh requirements-test.txt

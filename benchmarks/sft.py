@@ -1,6 +1,6 @@
 """Supervised tokens a second and peak memory of one training step, against trl's SFTTrainer with packing.
 
-    python benchmarks/sft.py --data_dir ../shared/data      # two CPU threads, about 20 minutes
+    python benchmarks/sft.py --data_dir ../shared/data      # about 40 minutes
     python benchmarks/sft.py --precision fp32               # else in fp32 and, where the CPU has it, in bf16, which `auto` takes there
     python benchmarks/sft.py --profile True                 # where the time of our steps goes, with the cores' own rate in matrix products
 
@@ -56,7 +56,8 @@ def main(
         side: Which side this process runs; both starts a process for each run.
         row: Which row of the table this process runs.
         only: Part of the names of the rows to run; else all.
-        precision: Arithmetic of both sides; all is fp32, and bf16 where the CPU has it. In bf16 a LoRA run holds the base in 16 bit, all weights are trained in fp32 under autocast.
+        precision: Arithmetic of both sides; all is fp32, and bf16 where the CPU has it. In bf16 LoRA has its base in 16 bit; all weights are trained in fp32
+            under autocast.
         profile: Print the share and rate of matrix products in our steps instead.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)

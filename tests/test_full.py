@@ -83,6 +83,8 @@ def test_a_deepspeed_file_that_would_overrule_the_flags_is_refused(tune, tmp_pat
     (tmp_path / "ds.json").write_text(json.dumps({section: {"type": "AdamW"}}))
     with pytest.raises(BadInput, match=f"section '{section}', which would overrule the flags"):
         tune(deepspeed=str(tmp_path / "ds.json"))
+    with pytest.raises(BadInput, match="--deepspeed=nowhere.json does not exist"):
+        tune(deepspeed="nowhere.json")
     (tmp_path / "ds.json").write_text('{"zero_optimization": {')
     with pytest.raises(BadInput, match="is no whole JSON .*line 1 column"):
         tune(deepspeed=str(tmp_path / "ds.json"))

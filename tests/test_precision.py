@@ -52,3 +52,19 @@ def test_what_a_cpu_cannot_do_is_refused(cpu, bf16, asked, said, model_folder, t
         generate.load_base(str(model_folder), 0, 16, asked, False, False)
     with pytest.raises(BadInput, match=said):
         finetune_lora.main(model_name_or_path=str(model_folder), output_dir=str(tmp_path), precision=asked, **RUN)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bf16_is_that_of_each_document_alone_whatever_its_length(autocast):
+    """Short documents are attended in fp32 on a CPU, long ones in bf16: both give bf16, and neither sees the other."""
+    lengths = [40, 300, 7]
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # where rotations are in fp32, query and key are
+        given = (query.float(), key.float(), value) if autocast else (query, key, value)
+        found, _ = finetune_lora.document_attention(None, *given, None, document_lengths=lengths)
+    assert found.dtype == torch.bfloat16 and found.shape == (1, sum(lengths), 2, 16)
+    parts = zip(*(states.float().split(lengths, dim=2) for states in (query, key, value)))
+    alone = torch.cat([torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts], dim=2).transpose(1, 2)
+    off = [(mine - other).abs().max() for mine, other in zip(found.float().split(lengths, dim=1), alone.split(lengths, dim=1))]
+    rounded = [float((other.bfloat16().float() - other).abs().max()) for other in alone.split(lengths, dim=1)]
+    assert max(off) < 0.05 and off[0] == rounded[0] and off[2] == rounded[2]  # of a short one only the result is rounded

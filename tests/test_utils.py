@@ -214,3 +214,16 @@ def test_a_run_goes_on_from_another_folder_with_the_same_base_and_from_no_other_
         facts = {"base": "x/two", "base_fingerprint": now and "same", "world_size": 1}
         with pytest.raises(BadInput, match="was begun with base = x/one, now it is x/two") if refused else contextlib.nullcontext():
             assert resume_point(str(tmp_path), facts) is None
+
+
+def test_ranks_end_their_group_before_their_process(monkeypatch, tmp_path):
+    """A thread of gloo that is left over can abort a process whose work is done and saved."""
+    import torch
+
+    def work():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    cli(work)
+    assert not torch.distributed.is_initialized()
