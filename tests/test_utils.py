@@ -179,7 +179,7 @@ def checkpoint(folder, step, state, *files):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path, capsys, ranks):
+def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path, capsys, monkeypatch, ranks):
     states = ["optimizer.pt", "scheduler.pt"] + (["rng_state.pth"] if ranks == 1 else ["rng_state_0.pth", "rng_state_1.pth"])
     checkpoint(tmp_path, "best", "{}", *states)
     checkpoint(tmp_path, 9, '{"global_step": 9}', *states)
@@ -190,6 +190,10 @@ def test_only_a_whole_checkpoint_is_gone_on_from(tmp_path, capsys, ranks):
     assert Path(resume_point(str(tmp_path), {"world_size": ranks})).name == "checkpoint-9"
     error = capsys.readouterr().err
     assert error.count("is not whole") == 3 and all(f"checkpoint-{step} " in error for step in (100, 11, 10))
+    for rank in range(ranks):  # all of them pass over the same ones, though one alone writes
+        monkeypatch.setenv("RANK", str(rank))
+        (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9, "best_model_checkpoint": 5}')
+        assert resume_point(str(tmp_path), {"world_size": ranks}) is None
     for folder in tmp_path.glob("checkpoint-9"):
         shutil.rmtree(folder)
     assert resume_point(str(tmp_path), {"world_size": ranks}) is None
