@@ -512,7 +512,7 @@ def layer_bytes(shapes: Shapes, run: Run, adapted: list[Linear], computed: int, 
         kept += readers[0].d_in * inputs * (computed + (1 if run.gpu else computed) * (dropped and updates > 0)) + updates * computed * run.lora_r
     queries_keys_values = sum(linear.d_out for linear in shapes.linears if linear.source == "norm1")
     attended = next(linear.d_in for linear in shapes.linears if linear.source == "attention")
-    kept += (computed if run.gpu else 4) * (queries_keys_values + attended) + 4 * shapes.heads  # short documents on CPUs are in fp32; and the logarithms of the sums
+    kept += (computed if run.gpu else 4) * (queries_keys_values + attended) + 4 * shapes.heads  # on CPUs in fp32 where short; and the logarithms of the sums
     kept += computed * shapes.inner * (2 if shapes.kind == "bloom" else 3)  # the inner layer, its activation, and what gates it
     return kept + held, held, stream * width + computed * (shapes.inner + 2 * width * (run.bits == 16) if dropped else 2 * shapes.inner)
 
